@@ -1,0 +1,1 @@
+"""Keep chunks of file data on disk through io_uring."""

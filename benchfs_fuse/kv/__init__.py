@@ -1,0 +1,1 @@
+"""Implement the key-value port: RocksDB, and a dictionary for tests."""

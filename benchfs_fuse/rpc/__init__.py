@@ -1,0 +1,1 @@
+"""Carry requests between processes: messages, frames, the meeting socket, UCX."""
