@@ -100,8 +100,8 @@ class Reply(NamedTuple):
     """Answer a request: wire ``status`` (0 is success), encoded ``body``, and ``payload``.
 
     On the calling side ``payload`` is None when the caller gave ``into``, and ``received`` counts the bytes written
-    there. On the serving side ``payload`` stays untouched by the handler until ``release`` is called: exactly once, when the
-    transport no longer needs it.
+    there. On the serving side ``payload`` stays untouched by the handler until ``release`` is called: exactly once,
+    when the transport no longer needs it.
     """
 
     status: int
