@@ -67,7 +67,7 @@ def key_name(prefix: bytes, number: int, name: bytes) -> bytes:
 
 def numbers(found: bytes) -> tuple[int, int]:
     """Split a key that ``key2`` made into its two numbers."""
-    return _U64_U64.unpack_from(found, 1)  # type: ignore[return-value]
+    return _U64_U64.unpack_from(found, 1)
 
 
 def number(found: bytes) -> int:

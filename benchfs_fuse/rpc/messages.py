@@ -176,7 +176,7 @@ class Make(Request, frozen=True):
 
     ``mode`` holds type and permission bits, the umask already applied. ``open_readers``/``open_writers`` register a
     handle on the new file in the same transaction (only for regular files). The daemon applies the rules of a
-    set-group-ID directory (group of the parent; directories inherit the bit). Exists when the name is taken, whatever the flags.
+    set-group-ID directory (group of the parent; directories inherit the bit). Exists when the name is taken.
     """
 
     op: ClassVar[int] = 19
