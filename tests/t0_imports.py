@@ -37,7 +37,7 @@ ROOMS = {
         packages=("msgspec",),
     ),
     "ports": Room(
-        modules=("ports",),
+        modules=("ports", "rpc.network"),
         rooms=("pure", "ports"),
         packages=(),
     ),
