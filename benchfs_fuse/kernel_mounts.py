@@ -1,0 +1,110 @@
+"""Ask and change the kernel's mount table without ever touching what is mounted: a hung mount must not hang us.
+
+Sources: proc(5) for /proc/self/mountinfo, umount(2), Documentation/filesystems/fuse/fuse.rst for ``abort``.
+"""
+
+import contextlib
+import ctypes
+import errno
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import UserError
+
+FUSE_TYPE = "fuse.benchfs"
+
+_MNT_FORCE = 1
+_MNT_DETACH = 2
+_ESCAPE = re.compile(rb"\\([0-7]{3})")
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class KernelMount(NamedTuple):
+    """Describe one mount: where, of what type and source, and the minor number that names its FUSE connection."""
+
+    mountpoint: Path
+    fstype: str
+    source: str
+    minor: int
+
+
+def _unescape(field: bytes) -> str:
+    return os.fsdecode(_ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), field))
+
+
+def mounts() -> list[KernelMount]:
+    """List what is mounted in this mount namespace, oldest first."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        before, _, behind = line.partition(b" - ")
+        fields, tail = before.split(b" "), behind.split(b" ")
+        minor = int(fields[2].partition(b":")[2])
+        found.append(KernelMount(Path(_unescape(fields[4])), tail[0].decode(), _unescape(tail[1]), minor))
+    return found
+
+
+def plain_path(path: Path) -> Path:
+    """Make a path absolute and free of symbolic links without touching its last component, which may hang."""
+    absolute = Path(os.path.abspath(path))
+    return absolute if absolute == absolute.parent else Path(os.path.realpath(absolute.parent)) / absolute.name
+
+
+def find(mountpoint: Path) -> KernelMount | None:
+    """Return the newest mount at exactly this path, whatever its type; None when nothing is mounted there."""
+    path = plain_path(mountpoint)
+    return next((mount for mount in reversed(mounts()) if mount.mountpoint == path), None)
+
+
+def above(path: Path) -> KernelMount | None:
+    """Return the mount that holds ``path``: the deepest mount point on the way down to it."""
+    place = plain_path(path)
+    holding = [mount for mount in mounts() if place.is_relative_to(mount.mountpoint)]
+    return max(holding, key=lambda mount: len(mount.mountpoint.parts), default=None)
+
+
+def inside_benchfs(path: Path) -> bool:
+    """Tell whether a path lies in a benchfs mount."""
+    mount = above(path)
+    return mount is not None and mount.fstype == FUSE_TYPE
+
+
+def is_benchfs(mount: KernelMount | None) -> bool:
+    """Tell whether a mount is one of ours."""
+    return mount is not None and mount.fstype == FUSE_TYPE
+
+
+def abort(mount: KernelMount) -> bool:
+    """End a FUSE connection: everybody who waits for it gets an error at once. Tell whether we were allowed to."""
+    with contextlib.suppress(OSError):
+        Path(f"/sys/fs/fuse/connections/{mount.minor}/abort").write_text("1")
+        return True
+    return False
+
+
+def unmount(mountpoint: Path) -> None:
+    """Unmount what nobody uses. A busy mount raises OSError with errno EBUSY."""
+    _unmount(mountpoint, 0, "-u")
+
+
+def detach(mountpoint: Path) -> None:
+    """Take a mount out of the name space at once, whoever uses it (lazy unmount)."""
+    _unmount(mountpoint, _MNT_DETACH | _MNT_FORCE, "-uz")
+
+
+def _unmount(mountpoint: Path, flags: int, fusermount_flag: str) -> None:
+    path = plain_path(mountpoint)
+    if os.geteuid() == 0:
+        if _libc.umount2(os.fsencode(path), flags) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(path))
+        return
+    try:
+        result = subprocess.run(["fusermount3", fusermount_flag, "--", str(path)], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError("fusermount3 is missing: install the Debian package fuse3") from None
+    if result.returncode != 0:
+        code = errno.EBUSY if "busy" in result.stderr else errno.EPERM
+        raise OSError(code, result.stderr.strip() or "fusermount3 failed", str(path))

@@ -1,0 +1,31 @@
+"""Name the files that last as long as this machine runs: one place for who is mounted where.
+
+Root uses ``/run/benchfs``; others ``$XDG_RUNTIME_DIR/benchfs``, else ``/tmp/benchfs-UID``. The directory is mode 0700.
+"""
+
+import os
+from pathlib import Path
+from urllib.parse import quote
+
+from .errors import UserError
+
+
+def runtime_dir() -> Path:
+    """Return the directory, made if needed. UserError when it belongs to somebody else."""
+    user = os.geteuid()
+    if user == 0:
+        path = Path("/run/benchfs")
+    elif "XDG_RUNTIME_DIR" in os.environ:
+        path = Path(os.environ["XDG_RUNTIME_DIR"]) / "benchfs"
+    else:
+        path = Path(f"/tmp/benchfs-{user}")
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = path.lstat()
+    if status.st_uid != user or status.st_mode & 0o077:
+        raise UserError(f"{path} belongs to somebody else or is open to others; remove it or make it mode 0700")
+    return path
+
+
+def file_for(mountpoint: Path, suffix: str) -> Path:
+    """Return the path of the runtime file of one mount point (absolute, without symbolic links)."""
+    return runtime_dir() / (quote(str(mountpoint), safe="") + suffix)
