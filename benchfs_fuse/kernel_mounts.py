@@ -102,7 +102,9 @@ def _unmount(mountpoint: Path, flags: int, fusermount_flag: str) -> None:
             raise OSError(code, os.strerror(code), str(path))
         return
     try:
-        result = subprocess.run(["fusermount3", fusermount_flag, "--", str(path)], capture_output=True, text=True)
+        result = subprocess.run(
+            ["fusermount3", fusermount_flag, "--", str(path)], check=False, capture_output=True, text=True
+        )
     except FileNotFoundError:
         raise UserError("fusermount3 is missing: install the Debian package fuse3") from None
     if result.returncode != 0:

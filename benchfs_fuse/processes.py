@@ -39,7 +39,10 @@ def alive(process: ProcessId) -> bool:
 
 
 def end(process: ProcessId, deadline_s: float) -> bool:
-    """Ask a process to end (SIGTERM), kill it when it has not within ``deadline_s``; tell whether it ended by itself."""
+    """Ask a process to end (SIGTERM), kill it when it has not within ``deadline_s``; tell whether asking was enough.
+
+    It is reaped by whoever is its parent.
+    """
     try:
         pidfd = os.pidfd_open(process.pid)
     except ProcessLookupError:
