@@ -56,9 +56,14 @@ ROOMS = {
         rooms=("pure", "ports", "same package"),
         packages=("trio", "msgspec", "pyfuse3", "ucxx", "liburing", "rocksdict"),
     ),
+    "machine": Room(  # this host's processes and files: what roots share
+        modules=("holders", "kernel_mounts", "processes", "registry", "runtime", "config"),
+        rooms=("pure", "machine"),
+        packages=("trio", "msgspec"),
+    ),
     "roots": Room(
-        modules=("mount", "daemon", "cli", "cli_*", "mount_helper", "client", "config", "doctor", "quickcheck"),
-        rooms=("pure", "ports", "services", "twins", "adapters", "roots"),
+        modules=("mount", "daemon", "cli", "commands", "commands.*", "mount_helper", "client", "doctor", "quickcheck"),
+        rooms=("pure", "ports", "services", "twins", "adapters", "machine", "roots"),
         packages=("trio", "msgspec", "rich", "matplotlib"),
     ),
 }
