@@ -1,0 +1,489 @@
+"""Keep one session with every daemon, whatever happens to the connections, and send requests over it.
+
+A ``Link`` is the way to one daemon, ``Links`` are the ways to all of them. A connection that breaks is made anew, at
+once, then with pauses; requests that were under way are sent again. What must not be applied twice (``recorded``
+requests) carries a slot and a sequence number, so that the daemon recognises the retry. A request that gets no answer
+in time raises DaemonUnreachable, and says nothing about whether it was applied.
+
+Everything is bounded per daemon: a dead one uses up neither the places nor the tasks of the others.
+
+What a session is, seen from here: ``Hello`` on every new connection; ``Reclaim`` after the daemon was started anew
+(its ``incarnation`` differs), before any other request; a ``Heartbeat`` when nothing was heard for a third of the
+lease; ``Goodbye`` at the end. A daemon that refuses to resume the session has expelled this client: its open files are
+gone there, so it ends everywhere (``Links.expelled``).
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import NamedTuple, Protocol, TypeVar
+
+import trio
+
+from ..errors import AuthenticationFailed, DaemonUnreachable, Disconnected, FsError, ProtocolError, Stale, from_status
+from ..layout import ShardMap
+from ..limits import IN_FLIGHT_MAX
+from ..model import ClientId
+from ..ports import Buffer, Channel, Reply
+from .messages import (
+    Body,
+    Done,
+    Failure,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    HelloReply,
+    Lookup,
+    OpenCount,
+    Prepare,
+    ReadChunkReply,
+    Reclaim,
+    ReclaimReply,
+    Request,
+    decode,
+    encode,
+    encode_recorded,
+)
+from .network import Network
+
+R = TypeVar("R", bound=Body)
+
+log = logging.getLogger(__name__)
+
+#: Requests of one process under way at one daemon; the connection's last place is kept for the heartbeat.
+ORDINARY_MAX = IN_FLIGHT_MAX - 1
+#: Between daemons only requests that may wait for a lock there are bounded, so that places are left for those that
+#: end such waits (Finish, TrimChunks …): with all places taken by waiters, nobody would ever be done.
+WAITING_MAX = IN_FLIGHT_MAX // 2
+_MAY_WAIT = (Prepare, Lookup)
+
+#: Times per lease that a silent session is checked: two heartbeats may get lost before the lease ends.
+BEATS_PER_LEASE = 3
+#: Seconds for the answer to a Hello or a page of Reclaim: they wait for no other request.
+HELLO_TIMEOUT_S = 10.0
+#: Seconds for the answer to a Goodbye at exit: a daemon that does not answer learns it by the connection's end.
+GOODBYE_TIMEOUT_S = 2.0
+#: Pauses between attempts to reach a daemon that is away; a new registry entry ends a pause at once. The longest is
+#: below RETURN_S of services/sessions.py, so that a client that lives is back before its session ends.
+PAUSE_MIN_S = 0.05
+PAUSE_MAX_S = 2.0
+#: Opens per page of a Reclaim: 20 bytes each, in a body of 128 KiB at most.
+RECLAIM_PAGE = 4096
+
+
+class Location(NamedTuple):
+    """Say where a daemon can be met; ``start`` differs after each of its starts, also at the same address."""
+
+    address: str
+    start: str
+
+
+class Directory(Protocol):
+    """Know where the daemons are: the registry, as far as a link needs it."""
+
+    def find(self, daemon_id: int) -> Location | None:
+        """Return where the daemon can be met now, None if it has never said so or has said goodbye."""
+        ...
+
+    async def wait_changed(self, daemon_id: int, known: Location | None) -> None:
+        """Wait until ``find`` returns something other than ``known``."""
+        ...
+
+
+class LinkState(NamedTuple):
+    """Describe the way to one daemon, for people. ``missing_since_s`` is a time of day (Unix), 0 while connected."""
+
+    daemon_id: int
+    connected: bool
+    missing_since_s: float
+    #: Why the last attempt failed, empty while connected.
+    trouble: str
+    address: str
+    transport: str
+    incarnation: int
+    in_flight: int
+
+
+class Link:
+    """Send requests to one daemon."""
+
+    def __init__(self, links: "Links", daemon_id: int) -> None:
+        self._links = links
+        self.daemon_id = daemon_id
+        self._between_daemons = links.kind == "daemon"
+        self._places = trio.Semaphore(WAITING_MAX if self._between_daemons else ORDINARY_MAX)
+        self._slots = deque(range(ORDINARY_MAX))
+        self._seqs = [0] * ORDINARY_MAX
+        self._in_flight = 0
+        self._channel: Channel | None = None
+        #: Set and replaced whenever a caller that waits for a channel should look again.
+        self._changed = trio.Event()
+        self._heard = False
+        #: Incarnation that knows our session and our opens; 0 before the first Hello.
+        self._incarnation = 0
+        self._location: Location | None = None
+        self._missing_since_s = time.time()
+        self.trouble: FsError | None = None
+
+    async def call(
+        self, request: Request, reply_type: type[R], payload: Buffer | None = None, into: memoryview | None = None
+    ) -> R:
+        """Send a request, wait for its answer, over reconnections and for at most the deadline of ``Links``.
+
+        ``payload`` and ``into`` belong to the link until this returns or raises; with ``into``, ReadChunkReply.length
+        says how many bytes were received. Raise what the daemon answered; DaemonUnreachable at the deadline; Stale
+        when this client was expelled. A cancelled or late request may have been applied. If it carried a buffer, its
+        connection is closed before the buffer is given back, so that nothing arrives in it late.
+        """
+        self._in_flight += 1
+        try:
+            with trio.CancelScope(deadline=trio.current_time() + self._links.op_timeout_s):
+                if self._between_daemons and not isinstance(request, _MAY_WAIT):
+                    return await self._send(request, encode(request), reply_type, payload, into)
+                return await self._send_in_turn(request, reply_type, payload, into)
+        finally:
+            self._in_flight -= 1
+        raise DaemonUnreachable(f"{self.name} did not answer {type(request).__name__} in {self._links.op_timeout_s} s")
+
+    async def _send_in_turn(
+        self, request: Request, reply_type: type[R], payload: Buffer | None, into: memoryview | None
+    ) -> R:
+        """Send a request when there is a place for it."""
+        try:
+            self._places.acquire_nowait()
+        except trio.WouldBlock:
+            await self._places.acquire()
+        try:
+            if not request.recorded:
+                return await self._send(request, encode(request), reply_type, payload, into)
+            # Used slots go to the end: one whose request was given up and still runs over there rests longest.
+            slot = self._slots.popleft()
+            self._seqs[slot] += 1
+            try:
+                body = encode_recorded(request, slot, self._seqs[slot])
+                return await self._send(request, body, reply_type, payload, into)
+            finally:
+                self._slots.append(slot)
+        finally:
+            self._places.release()
+
+    async def _send(
+        self, request: Request, body: bytes, reply_type: type[R], payload: Buffer | None, into: memoryview | None
+    ) -> R:
+        """Send an encoded request, again after each reconnection, until there is an answer."""
+        while True:
+            channel = self._channel
+            if channel is None:
+                channel = await self._wait_channel()
+            try:
+                reply = await channel.call(request.op, body, payload, into)
+            except Disconnected:
+                self._leave(channel)
+                continue
+            except trio.Cancelled:
+                if payload is not None or into is not None:
+                    with trio.CancelScope(shield=True):
+                        await channel.aclose()
+                raise
+            self._heard = True
+            answer = _open(reply, reply_type)
+            if isinstance(answer, ReadChunkReply) and answer.length != reply.received:
+                raise ProtocolError(f"{self.name} announced {answer.length} bytes and sent {reply.received}")
+            return answer
+
+    async def _wait_channel(self) -> Channel:
+        while self._channel is None:
+            if self._links.expelled.is_set():
+                raise Stale(f"this client was expelled: {self._links.expelled_why}")
+            await self._changed.wait()
+        return self._channel
+
+    def _leave(self, channel: Channel) -> None:
+        """Note that a channel has ended; everybody who finds it out calls this."""
+        if self._channel is channel:
+            self._channel = None
+            self._missing_since_s = time.time()
+
+    def wake(self) -> None:
+        """Let callers that wait for a channel look again."""
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def give_up(self) -> None:
+        """Use the connection no more: the client was expelled."""
+        if self._channel is not None:
+            self._leave(self._channel)
+        self.wake()
+
+    async def wait_connected(self) -> None:
+        """Wait for a connection. AuthenticationFailed: the daemon refuses us, waiting longer will not help."""
+        while self._channel is None:
+            if isinstance(self.trouble, AuthenticationFailed):
+                raise self.trouble
+            if self._links.expelled.is_set():
+                raise Stale(f"this client was expelled: {self._links.expelled_why}")
+            await self._changed.wait()
+
+    # ── the connection ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def keep(self) -> None:
+        """Keep the session with this daemon until cancelled or expelled."""
+        pause_s = 0.0
+        while not self._links.expelled.is_set():
+            location = self._links.directory.find(self.daemon_id)
+            if location != self._location:
+                pause_s, self._location = 0.0, location
+            try:
+                channel, lease_s = await self._connect(location)
+            except Stale as refusal:
+                self._links.expel(f"{self.name} does not know this session any more: {refusal}")
+                return
+            except FsError as trouble:
+                self._note(trouble)
+                pause_s = min(max(2 * pause_s, PAUSE_MIN_S), PAUSE_MAX_S) if location is not None else float("inf")
+                with trio.move_on_after(pause_s):
+                    await self._links.directory.wait_changed(self.daemon_id, location)
+                continue
+            if self.trouble is not None:
+                log.warning("%s is back after %.1f s", self.name, time.time() - self._missing_since_s)
+            pause_s, self.trouble, self._channel = 0.0, None, channel
+            self.wake()
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._beat, channel, lease_s)
+                    await channel.wait_closed()
+                    nursery.cancel_scope.cancel()
+            finally:
+                self._leave(channel)
+                with trio.CancelScope(shield=True):
+                    await channel.aclose()
+
+    async def _connect(self, location: Location | None) -> tuple[Channel, float]:
+        """Connect and make the session known; return the channel, ready for requests, and the lease."""
+        if location is None:
+            raise DaemonUnreachable("it is not in the registry")
+        channel = await self._links.network.connect(location.address)
+        try:
+            resume = self._incarnation != 0 and not self._between_daemons
+            hello = await _ask(channel, Hello(self._links.kind, self._links.label, resume), HelloReply)
+            if hello.map_version != self._links.shard_map.version:
+                raise ProtocolError(
+                    f"its shard map is version {hello.map_version}, ours {self._links.shard_map.version}"
+                )
+            if resume and hello.incarnation != self._incarnation:
+                await self._reclaim(channel)
+            self._incarnation = hello.incarnation
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await channel.aclose()
+            raise
+        return channel, hello.lease_s
+
+    async def _reclaim(self, channel: Channel) -> None:
+        """Register the open handles again with a daemon that was started anew."""
+        shard_map = self._links.shard_map
+        opens = [count for count in self._links.opens() if shard_map.of_ino(count.ino) == self.daemon_id]
+        lost: list[int] = []
+        for start in range(0, len(opens) or 1, RECLAIM_PAGE):
+            page = tuple(opens[start : start + RECLAIM_PAGE])
+            reply = await _ask(channel, Reclaim(page, last=start + RECLAIM_PAGE >= len(opens)), ReclaimReply)
+            lost.extend(reply.lost)
+        log.warning("%s was started anew: %d open files reclaimed, %d lost", self.name, len(opens), len(lost))
+        if lost:
+            self._links.on_lost(lost)
+
+    async def _beat(self, channel: Channel, lease_s: float) -> None:
+        """Renew the lease while nothing else does; close the channel if the daemon has fallen silent."""
+        interval_s = lease_s / BEATS_PER_LEASE
+        while True:
+            self._heard = False
+            await trio.sleep(interval_s)
+            if self._heard:
+                continue
+            with trio.move_on_after(interval_s):
+                try:
+                    await channel.call(Heartbeat.op, encode(Heartbeat()))
+                except Disconnected:
+                    return
+                continue
+            log.warning("%s has been silent for %.0f s: closing the connection", self.name, 2 * interval_s)
+            await channel.aclose()
+
+    def _note(self, trouble: FsError) -> None:
+        """Say once per outage, and when its reason changes, that the daemon is missing."""
+        known, self.trouble = self.trouble, trouble
+        if known is None or type(known) is not type(trouble):
+            since = time.strftime("%H:%M:%S", time.localtime(self._missing_since_s))
+            log.warning("%s has been missing since %s: %s", self.name, since, trouble)
+            self.wake()
+
+    async def say_goodbye(self) -> None:
+        """End the session, if there is a connection to say so."""
+        channel = self._channel
+        if channel is None:
+            return
+        try:
+            with trio.move_on_after(GOODBYE_TIMEOUT_S):
+                if not self._between_daemons:
+                    await _ask(channel, Goodbye(), Done)
+        except FsError as error:
+            log.warning("%s did not take our goodbye: %s", self.name, error)
+        await channel.aclose()
+
+    @property
+    def name(self) -> str:
+        """Name the daemon in sentences."""
+        return f"daemon {self.daemon_id} at {self._location.address}" if self._location else f"daemon {self.daemon_id}"
+
+    def statistics(self) -> LinkState:
+        """Return what is known about this daemon now."""
+        channel = self._channel
+        return LinkState(
+            self.daemon_id,
+            channel is not None,
+            0.0 if channel is not None else self._missing_since_s,
+            str(self.trouble) if self.trouble is not None else "",
+            self._location.address if self._location is not None else "",
+            channel.transport if channel is not None else "",
+            self._incarnation,
+            self._in_flight,
+        )
+
+
+class Links:
+    """Hold the ways to all daemons of a cluster; ``open_links`` makes and runs them.
+
+    ``op_timeout_s`` is every call's deadline (``inf``: none). ``opens`` returns the handles to reclaim, of all daemons:
+    those whose Open or Make was answered and whose Release was not. ``on_lost`` is told inodes that could not be.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        directory: Directory,
+        shard_map: ShardMap,
+        client_id: ClientId,
+        *,
+        kind: str,
+        label: str,
+        op_timeout_s: float,
+        opens: Callable[[], Sequence[OpenCount]] = tuple,
+        on_lost: Callable[[Sequence[int]], None] = lambda lost: None,
+        daemons: Iterable[int] | None = None,
+    ) -> None:
+        self.network = network
+        self.directory = directory
+        self.shard_map = shard_map
+        self.client_id = client_id
+        self.kind = kind
+        self.label = label
+        self.op_timeout_s = op_timeout_s
+        self.opens = opens
+        self.on_lost = on_lost
+        #: Set when a daemon has expelled this client; every call raises Stale from then on.
+        self.expelled = trio.Event()
+        self.expelled_why = ""
+        self._links = {
+            daemon_id: Link(self, daemon_id)
+            for daemon_id in sorted(set(shard_map.daemons) if daemons is None else set(daemons))
+        }
+
+    @property
+    def daemons(self) -> tuple[int, ...]:
+        """Return the daemons that these links lead to, in order."""
+        return tuple(self._links)
+
+    def to(self, daemon_id: int) -> Link:
+        """Return the link to a daemon."""
+        return self._links[daemon_id]
+
+    async def run(self) -> None:
+        """Keep all sessions until cancelled or expelled."""
+        async with trio.open_nursery() as nursery:
+            for link in self._links.values():
+                nursery.start_soon(link.keep)
+
+    async def wait_connected(self) -> None:
+        """Wait until every daemon was reached. AuthenticationFailed, Stale: it will not happen. Callers cancel."""
+        for link in self._links.values():
+            await link.wait_connected()
+
+    async def say_goodbye(self) -> None:
+        """End all sessions that can be ended, within GOODBYE_TIMEOUT_S; ``run`` must be cancelled after that."""
+        async with trio.open_nursery() as nursery:
+            for link in self._links.values():
+                nursery.start_soon(link.say_goodbye)
+
+    def expel(self, why: str) -> None:
+        """Give everything up: a daemon has ended this client's session."""
+        if not self.expelled.is_set():
+            log.error("%s: open files are lost, start anew", why)
+            self.expelled_why = why
+            self.expelled.set()
+            for link in self._links.values():
+                link.give_up()
+
+    def statistics(self) -> tuple[LinkState, ...]:
+        """Return what is known about each daemon now."""
+        return tuple(link.statistics() for link in self._links.values())
+
+
+@asynccontextmanager
+async def open_links(
+    network: Network,
+    directory: Directory,
+    shard_map: ShardMap,
+    client_id: ClientId,
+    *,
+    kind: str,
+    label: str,
+    op_timeout_s: float,
+    opens: Callable[[], Sequence[OpenCount]] = tuple,
+    on_lost: Callable[[Sequence[int]], None] = lambda lost: None,
+    daemons: Iterable[int] | None = None,
+) -> AsyncIterator[Links]:
+    """Keep links to all daemons (or those given) for a while; says goodbye at the end. Arguments as for Links.
+
+    Returns at once: ``wait_connected`` waits for the daemons. ``client_id`` is the one that ``network`` proves.
+    """
+    links = Links(
+        network,
+        directory,
+        shard_map,
+        client_id,
+        kind=kind,
+        label=label,
+        op_timeout_s=op_timeout_s,
+        opens=opens,
+        on_lost=on_lost,
+        daemons=daemons,
+    )
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(links.run)
+        try:
+            yield links
+        except Exception as error:  # noqa: BLE001  raised below, where no nursery wraps it into a group
+            failure = error
+        finally:
+            with trio.CancelScope(shield=True):
+                await links.say_goodbye()
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+def _open(reply: Reply, reply_type: type[R]) -> R:
+    """Decode an answer; raise what it says if that is an error."""
+    if reply.status != 0:
+        raise from_status(reply.status, decode(Failure, reply.body).message if reply.body else "")
+    return decode(reply_type, reply.body)
+
+
+async def _ask(channel: Channel, request: Request, reply_type: type[R]) -> R:
+    """Ask something on a channel that is not in use yet, or no longer."""
+    with trio.move_on_after(HELLO_TIMEOUT_S):
+        return _open(await channel.call(request.op, encode(request)), reply_type)
+    raise DaemonUnreachable(f"it did not answer {type(request).__name__} in {HELLO_TIMEOUT_S:.0f} s")

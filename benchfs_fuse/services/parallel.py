@@ -1,0 +1,31 @@
+"""Do the same for several things at once, with errors that come out by themselves and not in groups."""
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeVar
+
+import trio
+
+T = TypeVar("T")
+
+
+async def each(function: Callable[[T], Awaitable[None]], items: Iterable[T]) -> None:
+    """Call ``function`` with every item, all at once, and wait for all. The first error cancels the others."""
+    todo = list(items)
+    if len(todo) == 1:
+        await function(todo[0])
+        return
+    first: Exception | None = None
+
+    async def one(item: T) -> None:
+        nonlocal first
+        try:
+            await function(item)
+        except Exception as error:  # noqa: BLE001  raised below, where no nursery wraps it into a group
+            first = first or error
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for item in todo:
+            nursery.start_soon(one, item)
+    if first is not None:
+        raise first
