@@ -16,6 +16,7 @@
     W       client id 8, ino 8                this session holds the file open for writing
     F       client id 8                       client that was expelled
     C       ino 8, chunk index 8              chunk table (chunks/table.py)
+    G       sequence 8                        garbage: a chunk file that is to be removed (chunks/table.py)
 
 ``FORMAT`` is raised by every change of a key or value; a daemon refuses a store with a newer one.
 """
@@ -43,6 +44,7 @@ OUTCOME = b"R"
 WRITE_OPEN = b"W"
 FENCED = b"F"
 CHUNK = b"C"
+GARBAGE = b"G"
 
 
 def key(prefix: bytes, number: int) -> bytes:
