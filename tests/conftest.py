@@ -1,10 +1,20 @@
 """What every test level shares: the choice of tests, the devices that they need, and the counts at the end."""
 
+import functools
+import os
 from collections.abc import Sequence
 
 import pytest
 
+from benchfs_fuse import doctor
+
 LEFT_OUT_WITHOUT_ALL = ("slow", "exhaustive")
+
+#: Set by .ci/run: there a missing device fails the tests that need it. Elsewhere it skips them, saying so at the end.
+REQUIRE_DEVICES = "BENCHFS_REQUIRE_DEVICES"
+
+#: Levels that work with real devices.
+DEVICE_LEVELS = ("t4_", "t5_")
 
 _left_out = pytest.StashKey[int]()
 
@@ -22,6 +32,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in dear]
         config.hook.pytest_deselected(items=dear)
     config.stash[_left_out] = len(dear)
+
+
+@functools.cache
+def missing_devices() -> str:
+    """Name the devices that tests need and this machine lacks; empty if none."""
+    checks = (doctor.check_fuse_device(), doctor.check_io_uring())
+    return "; ".join(f"{check.name} {check.found}" for check in checks if check.level == "fail")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Refuse a test whose devices are missing, before any fixture trips over it."""
+    if item.path.name.startswith(DEVICE_LEVELS) and missing_devices():
+        refuse = pytest.fail if os.environ.get(REQUIRE_DEVICES) else pytest.skip
+        refuse(missing_devices())
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
