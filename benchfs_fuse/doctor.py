@@ -56,16 +56,21 @@ class Finding(NamedTuple):
 
 
 class InlineProbe(Protocol):
-    """What the check needs to know of the chunk store's probe."""
+    """What the check needs to know of the chunk store's probe: microseconds of buffered 4 KiB writes."""
 
     @property
-    def inline(self) -> bool:
-        """True if buffered writes complete without a kernel worker thread."""
+    def buffered_write_inline(self) -> bool:
+        """True if io_uring completes them without a kernel worker thread."""
         ...
 
     @property
-    def write_us(self) -> float:
-        """Microseconds of one buffered 4 KiB write through io_uring."""
+    def uring_write_us(self) -> float:
+        """Return the time through io_uring."""
+        ...
+
+    @property
+    def pwrite_us(self) -> float:
+        """Return the time of a plain call."""
         ...
 
 
@@ -193,13 +198,14 @@ def check_inline(data_dir: Path, probe: Callable[[Path], InlineProbe]) -> Findin
         result = probe(data_dir)
     except OSError as error:
         return Finding(name, "fail", f"cannot be tried: {error.strerror}", "no daemon can use it", "choose another")
-    if result.inline:
-        return Finding(name, "ok", f"inline, {result.write_us:.0f} µs")
+    times = f"{result.uring_write_us:.1f} µs through io_uring, {result.pwrite_us:.1f} µs by pwritev"
+    if result.buffered_write_inline:
+        return Finding(name, "ok", f"inline: {times}")
     return Finding(
         name,
         "warn",
-        f"handed to a kernel thread, {result.write_us:.0f} µs",
-        "small writes take a wake-up more, so daemons use pwritev for them",
+        f"handed to a kernel thread: {times}",
+        "a wake-up more for each write through io_uring; daemons use pwritev for small ones",
         "a data directory on XFS",
     )
 

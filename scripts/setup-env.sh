@@ -99,7 +99,7 @@ $wanted" ] && .venv/bin/python -c '' 2>/dev/null; then
     say "installing Python packages (pinned in constraints.txt)"
     # As environment variables the constraints reach the isolated environments of source builds too.
     PIP_CONSTRAINT=$PWD/constraints.txt PIP_BUILD_CONSTRAINT=$PWD/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
-        .venv/bin/python -m pip install --quiet --editable ".${extras:+[$extras]}" >&2 </dev/null ||
+        .venv/bin/python -m pip install -qq --editable ".${extras:+[$extras]}" >&2 </dev/null ||
         die "pip could not install the package and its dependencies"
     printf '%s\n%s\n' "$PWD" "$wanted" >".venv/stamp-${extras:-run}"
 }
