@@ -65,7 +65,7 @@ missing_packages() {
 }
 
 require_packages() {
-    missing=$(missing_packages "$@" | tr '\n' ' ')
+    missing=$(missing_packages "$@" | paste -sd " " -)
     [ -n "$missing" ] || return 0
     if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
         die "these Debian packages are missing; as root: apt-get install $missing"
@@ -75,7 +75,7 @@ require_packages() {
     apt-get update -qq >&2 || die "apt-get update failed"
     # shellcheck disable=SC2086  # a list of words
     apt-get install -y -qq --no-install-recommends $missing >&2 </dev/null || die "apt-get could not install: $missing"
-    missing=$(missing_packages "$@" | tr '\n' ' ')
+    missing=$(missing_packages "$@" | paste -sd " " -)
     [ -z "$missing" ] || die "still missing after their installation: $missing"
 }
 

@@ -1,0 +1,96 @@
+"""scripts/setup-env.sh on machines that lack things: what it installs as root, and what it asks of others."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+#: What every Debian has.
+ESSENTIAL = ("sh", "tr", "cat", "cut", "head", "sort", "sha256sum", "touch", "paste", "chmod", "rm")
+PROVIDED = ("gcc", "pkg-config", "fusermount3", "fio", "getfattr", "setfacl", "rsync", "sqlite3", "git", "make")
+
+APT_GET = """#!/bin/sh
+echo "$*" >>{log}
+[ "$1" != install ] || for tool in {tools}; do
+    echo '#!/bin/sh' >{bin}/$tool
+    chmod +x {bin}/$tool
+done
+"""
+
+
+class Machine:
+    """A PATH with what every Debian has, and an apt-get that writes down what it is asked for."""
+
+    def __init__(self, directory: Path, uid: int, installs: tuple[str, ...]) -> None:
+        self.bin, self.log = directory / "bin", directory / "log"
+        self.bin.mkdir()
+        self.log.touch()
+        for tool in ESSENTIAL:
+            path = shutil.which(tool)
+            assert path is not None
+            (self.bin / tool).symlink_to(path)
+        self.script("id", f"#!/bin/sh\necho {uid}\n")
+        self.script("apt-get", APT_GET.format(log=self.log, bin=self.bin, tools=" ".join(installs)))
+
+    def script(self, name: str, text: str) -> None:
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
+
+    def require(self, *groups: str) -> subprocess.CompletedProcess[str]:
+        command = f". scripts/setup-env.sh; require_packages {' '.join(groups)}"
+        return subprocess.run(
+            ["sh", "-euc", command], cwd=ROOT, env={"PATH": str(self.bin)}, capture_output=True, text=True, check=False
+        )
+
+
+def test_root_installs_what_is_missing_once(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, 0, PROVIDED)
+    first = machine.require("base", "test")
+    assert first.returncode == 0, first.stderr
+    update, install = machine.log.read_text().splitlines()
+    assert update.startswith("update")
+    wanted = {"gcc", "pkg-config", "libfuse3-dev", "fuse3", "fio", "attr", "acl", "rsync", "sqlite3", "git", "make"}
+    assert wanted <= set(install.split())
+    assert machine.require("base", "test").returncode == 0
+    assert len(machine.log.read_text().splitlines()) == 2
+
+
+def test_others_are_told_exactly_what_is_missing(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, 1000, PROVIDED)
+    for tool in PROVIDED:
+        if tool not in ("rsync", "getfattr"):
+            machine.script(tool, "#!/bin/sh\n")
+    done = machine.require("base", "test")
+    assert done.returncode == 1
+    assert done.stderr.endswith("these Debian packages are missing; as root: apt-get install attr rsync\n")
+    assert machine.log.read_text() == ""
+
+
+def test_what_the_quick_start_does_not_need_is_not_asked_for(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, 1000, PROVIDED)
+    for tool in ("gcc", "pkg-config", "fusermount3", "fio"):
+        machine.script(tool, "#!/bin/sh\n")
+    assert machine.require("base").returncode == 0
+
+
+def test_an_installation_that_does_not_help_is_an_error(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, 0, ("gcc",))
+    done = machine.require("base")
+    assert done.returncode == 1
+    assert "still missing after their installation: pkg-config libfuse3-dev fuse3 fio" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["a", "b"]])
+def test_quickstart_explains_itself(arguments: list[str]) -> None:
+    done = subprocess.run(["scripts/quickstart", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "scripts/quickstart [MOUNTPOINT]" in done.stderr
+
+
+def test_scripts_can_be_run_and_parsed() -> None:
+    for script in ("scripts/test", "scripts/quickstart", ".ci/run"):
+        assert os.access(ROOT / script, os.X_OK), script
+        assert subprocess.run(["sh", "-n", script], cwd=ROOT, check=False).returncode == 0, script
