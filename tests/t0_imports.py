@@ -52,7 +52,7 @@ ROOMS = {
         packages=("trio", "msgspec"),
     ),
     "adapters": Room(
-        modules=("fuse", "rpc.ucx", "rpc.meeting", "chunks.uring", "kv.rocks"),
+        modules=("fuse", "rpc.ucx", "rpc.meeting", "chunks.*", "kv.rocks"),
         rooms=("pure", "ports", "same package"),
         packages=("trio", "msgspec", "pyfuse3", "ucxx", "liburing", "rocksdict"),
     ),
