@@ -1,0 +1,279 @@
+"""Serve requests: find the session, answer retries from what was recorded, call the handler, turn errors into replies.
+
+A handler is registered by the class of its request, in one of three kinds:
+
+- ``handlers_now``: synchronous; returns None if it takes an await after all, before anything has happened.
+- ``handlers``: asynchronous.
+- ``bulk``: takes the payload and the room for the reply's payload, and makes the Reply itself.
+
+A recorded request that awaits runs as a task of the server: its client may lose the connection, come back and send it
+again, and then joins the task. Every other request is cancelled with its connection.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
+
+import trio
+
+from .. import disk
+from ..errors import FsError, NotPermitted, ProtocolError, Stale, StorageError
+from ..model import ClientId
+from ..ports import Channel, KeyValueStore, Reply
+from ..services.calls import Batch, Call
+from ..services.sessions import Session, SessionTable
+from .messages import (
+    REQUESTS,
+    Body,
+    DropChunks,
+    Expel,
+    Failure,
+    Finish,
+    Hello,
+    Outcome,
+    Prepare,
+    Request,
+    TrimChunks,
+    decode,
+    decode_request,
+    encode,
+)
+
+R = TypeVar("R", bound=Body)
+
+AsyncHandler = Callable[[Request, Call], Awaitable[Body]]
+SyncHandler = Callable[[Request, Call], Body | None]
+BulkHandler = Callable[[Request, memoryview | None, int], Awaitable[Reply]]
+
+log = logging.getLogger(__name__)
+
+#: What only daemons may ask of each other.
+FROM_DAEMONS = (TrimChunks, DropChunks, Prepare, Finish, Outcome, Expel)
+#: Characters of an error's message that travel: it is for logs.
+MESSAGE_MAX = 500
+
+
+class ServedCall:
+    """Stand for one request of a session; see services.calls.Call."""
+
+    def __init__(self, store: KeyValueStore, session: Session, slot: int, seq: int) -> None:
+        self._store = store
+        self.session = session
+        self.slot = slot
+        self.seq = seq
+
+    @property
+    def client_id(self) -> ClientId:
+        """Return whose request it is."""
+        return self.session.client_id
+
+    def commit(self, batch: Batch, reply: Body) -> None:
+        """Write ``batch`` and the outcome in one transaction. Stale: the session has ended, nothing is written."""
+        session = self.session
+        if session.over.is_set():
+            raise Stale("the session has ended")
+        # A newer request on the slot means that the client has given this one up: its outcome must not hide the newer.
+        if self.seq and session.newest[self.slot] == self.seq:
+            key = disk.key_slot(disk.OUTCOME, session.client_id, self.slot)
+            batch.put(key, self.seq.to_bytes(8, "big") + encode(reply))
+        batch.write()
+
+
+class LocalCall:
+    """Stand for a request of this daemon to itself."""
+
+    def __init__(self, client_id: ClientId) -> None:
+        self._client_id = client_id
+
+    @property
+    def client_id(self) -> ClientId:
+        """Return this daemon's identity as a client."""
+        return self._client_id
+
+    def commit(self, batch: Batch, reply: Body) -> None:
+        """Write ``batch``: nobody will ask for the outcome."""
+        batch.write()
+
+
+class _Running:
+    """Hold one recorded request that is being served as a task."""
+
+    def __init__(self, seq: int) -> None:
+        self.seq = seq
+        self.done = trio.Event()
+        self.reply: Reply | None = None
+
+
+class Server:
+    """Be the handler of every channel of a daemon (ports.Handler, with ``handle_now``).
+
+    ``run`` must be running before requests are served.
+    """
+
+    def __init__(
+        self,
+        store: KeyValueStore,
+        sessions: SessionTable,
+        client_id: ClientId,
+        *,
+        handlers: Mapping[type[Request], AsyncHandler],
+        handlers_now: Mapping[type[Request], SyncHandler],
+        bulk: Mapping[type[Request], BulkHandler],
+    ) -> None:
+        self._store = store
+        self._sessions = sessions
+        self._local = LocalCall(client_id)
+        self._handlers = {**sessions.handlers(), **handlers}
+        self._handlers_now = {**sessions.handlers_now(), **handlers_now}
+        self._bulk = dict(bulk)
+        self._ops_now = frozenset(cls.op for cls in self._handlers_now)
+        self._running: dict[tuple[ClientId, int], _Running] = {}
+        self._nursery: trio.Nursery | None = None
+        #: Requests served so far, by op.
+        self._counts: Counter[int] = Counter()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run the tasks of recorded requests until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await trio.sleep_forever()
+
+    @property
+    def requests(self) -> dict[str, int]:
+        """Return how many requests were served so far, by the name of their class."""
+        return {REQUESTS[op].__name__: count for op, count in sorted(self._counts.items())}
+
+    # ── entrances ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def handle_now(self, channel: Channel, op: int, body: bytes, payload: memoryview | None, want: int) -> Reply | None:
+        """Serve a request that takes no await; None: call the handler. Never raises."""
+        if op not in self._ops_now:
+            return None
+        try:
+            request, slot, seq = decode_request(op, body)
+            session = self._admit(channel, request, payload, want)
+            handler = self._handlers_now[type(request)]
+            if not request.recorded:
+                answer = handler(request, ServedCall(self._store, session, 0, 0))
+            elif (found := self._recall(session, request, slot, seq)) is None:
+                answer = handler(request, ServedCall(self._store, session, slot, seq))
+            else:
+                answer = found if isinstance(found, Body) else None
+            if answer is None:
+                return None
+            self._counts[op] += 1
+            return Reply(0, encode(answer))
+        except Exception as error:  # noqa: BLE001  every error is a reply
+            self._counts[op] += 1
+            return _failure(op, error)
+
+    async def __call__(self, channel: Channel, op: int, body: bytes, payload: memoryview | None, want: int) -> Reply:
+        """Serve any request; only cancellation comes out."""
+        self._counts[op] += 1
+        try:
+            request, slot, seq = decode_request(op, body)
+            if isinstance(request, Hello):
+                return Reply(0, encode(await self._sessions.hello(channel, request)))
+            session = self._admit(channel, request, payload, want)
+            if not request.recorded:
+                return await self._serve(request, ServedCall(self._store, session, 0, 0), payload, want)
+            return await self._serve_recorded(session, request, slot, seq)
+        except Exception as error:  # noqa: BLE001  every error is a reply
+            return _failure(op, error)
+
+    async def call_local(self, request: Request, reply_type: type[R]) -> R:
+        """Serve a request of this daemon to itself (not recorded, no payload); raise what is wrong."""
+        assert not request.recorded and type(request) not in self._bulk
+        answer = None
+        if type(request) in self._handlers_now:
+            answer = self._handlers_now[type(request)](request, self._local)
+        if answer is None:
+            answer = await self._handlers[type(request)](request, self._local)
+        assert isinstance(answer, reply_type)
+        return answer
+
+    # ── the way of a request ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def _admit(self, channel: Channel, request: Request, payload: memoryview | None, want: int) -> Session:
+        """Return the session if it may ask this. Stale, NotPermitted, ProtocolError."""
+        session = self._sessions.of(channel)
+        if isinstance(request, FROM_DAEMONS) and channel.peer.daemon_id < 0:
+            raise NotPermitted(f"{type(request).__name__} is for daemons")
+        if (payload is not None or want) and type(request) not in self._bulk:
+            raise ProtocolError(f"{type(request).__name__} has no payload")
+        return session
+
+    async def _serve(self, request: Request, call: Call, payload: memoryview | None, want: int) -> Reply:
+        """Call the handler of an admitted request."""
+        cls = type(request)
+        if cls in self._bulk:
+            return await self._bulk[cls](request, payload, want)
+        answer = self._handlers_now[cls](request, call) if cls in self._handlers_now else None
+        if answer is None:
+            if cls not in self._handlers:
+                raise ProtocolError(f"nobody serves {cls.__name__} here")
+            answer = await self._handlers[cls](request, call)
+        return Reply(0, encode(answer))
+
+    def _recall(self, session: Session, request: Request, slot: int, seq: int) -> Body | _Running | None:
+        """Return the outcome of a recorded request that is a retry, or its task; None: it is to be served.
+
+        Stale: the client has given this request up and used the slot again.
+        """
+        newest = session.newest.get(slot)
+        outcome: Body | None = None
+        if newest is None or newest == seq:
+            stored = self._store.get(disk.key_slot(disk.OUTCOME, session.client_id, slot))
+            done = int.from_bytes(stored[:8], "big") if stored is not None else 0
+            if stored is not None and done == seq:
+                outcome = decode(request.Reply, stored[8:])
+                if newest is None:
+                    self._sessions.replay(session, request, outcome)
+            newest = newest or done
+        if seq < newest:
+            raise Stale(f"slot {slot} has gone on to {newest}")
+        session.newest[slot] = seq
+        if outcome is not None:
+            return outcome
+        running = self._running.get((session.client_id, slot))
+        return running if running is not None and running.seq == seq else None
+
+    async def _serve_recorded(self, session: Session, request: Request, slot: int, seq: int) -> Reply:
+        """Serve a recorded request once, however often it comes."""
+        found = self._recall(session, request, slot, seq)
+        if isinstance(found, Body):
+            return Reply(0, encode(found))
+        running = found
+        if running is None:
+            running = self._running[session.client_id, slot] = _Running(seq)
+            call = ServedCall(self._store, session, slot, seq)
+            assert self._nursery is not None
+            self._nursery.start_soon(self._run, running, request, call)
+        await running.done.wait()
+        assert running.reply is not None
+        return running.reply
+
+    async def _run(self, running: _Running, request: Request, call: ServedCall) -> None:
+        """Serve a recorded request as a task of its own."""
+        try:
+            running.reply = await self._serve(request, call, None, 0)
+        except Exception as error:  # noqa: BLE001  every error is a reply
+            running.reply = _failure(request.op, error)
+        # Cancelled only when the daemon stops: then nobody is told anything, and the next incarnation is asked again.
+        key = call.client_id, call.slot
+        if self._running.get(key) is running:
+            del self._running[key]
+        running.done.set()
+
+
+def _failure(op: int, error: Exception) -> Reply:
+    """Turn an exception into a reply; one that nobody foresaw is logged with its traceback."""
+    if not isinstance(error, FsError):
+        name = REQUESTS[op].__name__ if op in REQUESTS else str(op)
+        log.error("request %s failed unexpectedly", name, exc_info=error)
+        error = StorageError(f"{name}: {error!r}")
+    elif isinstance(error, StorageError):
+        log.error("storage failed: %s", error)
+    return Reply(error.status, encode(Failure(str(error)[:MESSAGE_MAX])))
