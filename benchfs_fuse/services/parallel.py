@@ -29,3 +29,28 @@ async def each(function: Callable[[T], Awaitable[None]], items: Iterable[T]) -> 
             nursery.start_soon(one, item)
     if first is not None:
         raise first
+
+
+async def all_of(function: Callable[[T], Awaitable[None]], items: Iterable[T]) -> None:
+    """Call ``function`` with every item, all at once, and wait for all to end; then raise the first error.
+
+    For work that must not be broken off because something beside it failed.
+    """
+    todo = list(items)
+    if len(todo) == 1:
+        await function(todo[0])
+        return
+    first: Exception | None = None
+
+    async def one(item: T) -> None:
+        nonlocal first
+        try:
+            await function(item)
+        except Exception as error:  # noqa: BLE001  raised below, when the others have ended
+            first = first or error
+
+    async with trio.open_nursery() as nursery:
+        for item in todo:
+            nursery.start_soon(one, item)
+    if first is not None:
+        raise first

@@ -1,0 +1,65 @@
+"""Remember the newest attributes that this process has seen of each inode, and whether somebody else changed it.
+
+Replies overtake each other: a lookup that was answered before a write was published may be processed after it. Versions
+tell which is newer, so nobody is ever shown attributes older than those shown before.
+
+The *epoch* of an inode changes whenever its version moved otherwise than by one change of our own. As long as it stays
+the same, what a kernel cached of the file's data is still right.
+"""
+
+from itertools import count
+
+from ..model import Attrs
+
+#: Inodes remembered: attributes of about 500 bytes each, 16 MB in all. Forgetting one costs a cache, nothing else.
+KNOWN_MAX = 32_768
+
+
+class _Fact:
+    """Hold what is known of one inode."""
+
+    __slots__ = ("attrs", "epoch")
+
+    def __init__(self, attrs: Attrs, epoch: int) -> None:
+        self.attrs = attrs
+        self.epoch = epoch
+
+
+class Known:
+    """Hold the newest attributes by inode, those of the ``count_max`` inodes seen last."""
+
+    def __init__(self, count_max: int = KNOWN_MAX) -> None:
+        self._count_max = count_max
+        self._facts: dict[int, _Fact] = {}
+        self._epochs = count(1)
+
+    def see(self, attrs: Attrs, own: bool = False) -> Attrs:
+        """Take attributes that a daemon sent; return the newest ones known of this inode.
+
+        ``own``: they answer a change that this process asked for.
+        """
+        fact = self._facts.pop(attrs.ino, None)
+        if fact is None:
+            if len(self._facts) >= self._count_max:
+                del self._facts[next(iter(self._facts))]
+            fact = _Fact(attrs, next(self._epochs))
+        elif attrs.version > fact.attrs.version:
+            if not own or attrs.version != fact.attrs.version + 1:
+                fact.epoch = next(self._epochs)
+            fact.attrs = attrs
+        self._facts[attrs.ino] = fact
+        return fact.attrs
+
+    def get(self, ino: int) -> Attrs | None:
+        """Return the newest attributes seen of an inode, None if they are not remembered."""
+        fact = self._facts.get(ino)
+        return fact.attrs if fact is not None else None
+
+    def epoch(self, ino: int) -> int:
+        """Return the epoch of an inode; 0 if nothing is remembered. No two epochs ever are equal by chance."""
+        fact = self._facts.get(ino)
+        return fact.epoch if fact is not None else 0
+
+    def clear(self) -> None:
+        """Forget everything: a daemon was started anew, and may have lost what it had not synced."""
+        self._facts.clear()

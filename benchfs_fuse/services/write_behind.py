@@ -1,0 +1,269 @@
+"""Hold writes that were accepted and send them behind the caller's back, in an order that nobody can tell from none.
+
+Contiguous writes of one file grow into a *run*, within one chunk. A run is *sealed* when it is full, when a write
+follows that does not continue it, or when somebody wants it sent; from then on it is under way. A sealed run waits for
+the earlier ones that it overlaps, and for nothing else: so bytes of one file never change places.
+
+Memory is bounded by a ``Budget`` for each daemon: writes to one that does not answer fill its budget and wait, writes
+to the others go on. Whoever has to wait for a budget has the runs sealed that hold it, so the wait ends by their being
+written, not by a clock.
+
+Sizes are published late: ``unpublished`` says that chunks were written of which the inode's daemon has not been told.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import trio
+
+from ..errors import FsError
+from ..layout import ShardMap, extents
+from ..limits import MIB
+from ..model import ChunkId
+from ..ports import ChunkStore
+from .parallel import all_of
+
+#: Longest run: a request of this length costs so little per byte already that longer ones gain nothing, and the
+#: kernel sends no longer writes.
+RUN_MAX = MIB
+
+
+class _Waiter(NamedTuple):
+    length: int
+    granted: trio.Event
+
+
+class Budget:
+    """Bound the accepted bytes that wait for one daemon. First come, first served."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self.used = 0
+        self._waiting: deque[_Waiter] = deque()
+        #: Files whose growing run counts against this budget.
+        self.growing: set[WriteBehind] = set()
+
+    def _fits(self, length: int) -> bool:
+        return self.used == 0 or self.used + length <= self._bytes_max
+
+    async def acquire(self, length: int) -> None:
+        """Take room for ``length`` bytes; wait until there is some. More than there ever is waits for all of it."""
+        if not self._waiting and self._fits(length):
+            self.used += length
+            return
+        for holder in list(self.growing):
+            holder.seal()
+        waiter = _Waiter(length, trio.Event())
+        self._waiting.append(waiter)
+        try:
+            await waiter.granted.wait()
+        except trio.Cancelled:
+            if waiter.granted.is_set():
+                self.release(length)
+            else:
+                self._waiting.remove(waiter)
+            raise
+
+    def release(self, length: int) -> None:
+        """Give room back."""
+        self.used -= length
+        while self._waiting and self._fits(self._waiting[0].length):
+            waiter = self._waiting.popleft()
+            self.used += waiter.length
+            waiter.granted.set()
+
+
+class Run:
+    """Hold contiguous bytes of one chunk. ``parts`` are never changed by anybody while the run lives."""
+
+    __slots__ = ("daemon_id", "index", "length", "offset", "parts", "within", "written")
+
+    def __init__(self, offset: int, index: int, within: int, daemon_id: int) -> None:
+        #: Where the run starts in the file, and in its chunk.
+        self.offset = offset
+        self.index = index
+        self.within = within
+        self.daemon_id = daemon_id
+        self.parts: list[bytes | memoryview] = []
+        self.length = 0
+        #: Set when the run is with its daemon, or has failed.
+        self.written = trio.Event()
+
+    @property
+    def end(self) -> int:
+        """Return where the run ends in the file."""
+        return self.offset + self.length
+
+    def overlaps(self, offset: int, end: int) -> bool:
+        """Tell whether the run holds any byte of a range of the file."""
+        return self.offset < end and offset < self.end
+
+    def add(self, part: bytes | memoryview) -> None:
+        """Append bytes."""
+        self.parts.append(part)
+        self.length += len(part)
+
+
+class WriteBehind:
+    """Hold the accepted writes of one file.
+
+    ``budgets`` by daemon; ``on_failed`` is told what a run failed with that nobody waits for, its bytes are dropped.
+    """
+
+    def __init__(
+        self,
+        ino: int,
+        chunk_size: int,
+        width: int,
+        store: ChunkStore,
+        shard_map: ShardMap,
+        budgets: dict[int, Budget],
+        nursery: trio.Nursery,
+        on_failed: Callable[[FsError], None],
+    ) -> None:
+        self._ino = ino
+        self._chunk_size = chunk_size
+        self._width = width
+        self._store = store
+        self._shard_map = shard_map
+        self._budgets = budgets
+        self._nursery = nursery
+        self._on_failed = on_failed
+        self._growing: Run | None = None
+        #: Sealed runs, oldest first.
+        self._sealed: dict[Run, None] = {}
+        #: What the inode's daemon is still to be told: end of the bytes written, growth of the allocated space.
+        self.unpublished = False
+        self.unpublished_end = 0
+        self.unpublished_growth = 0
+        #: Daemons that were written to since ``unsynced`` was emptied.
+        self.unsynced: set[int] = set()
+
+    @property
+    def pending(self) -> bool:
+        """Tell whether bytes are held that no daemon has yet."""
+        return self._growing is not None or bool(self._sealed)
+
+    @property
+    def end(self) -> int:
+        """Return how far accepted bytes reach that the inode's daemon does not count yet, 0 if there are none."""
+        growing = self._growing.end if self._growing is not None else 0
+        return max(self.unpublished_end, growing, max((run.end for run in self._sealed), default=0))
+
+    async def accept(self, offset: int, data: bytes) -> None:
+        """Take ``data``, which nobody changes any more, to be written later. Waits for room alone.
+
+        Calls for one file follow each other. When cancelled, a beginning of ``data`` may have been accepted.
+        """
+        run = self._growing
+        if (
+            run is not None
+            and run.end == offset
+            and run.length + len(data) <= RUN_MAX
+            and run.within + run.length + len(data) <= self._chunk_size
+        ):
+            await self._budgets[run.daemon_id].acquire(len(data))
+            if self._growing is run:
+                self._grow(run, data)
+                return
+            self._budgets[run.daemon_id].release(len(data))
+        for piece in self._pieces(offset, memoryview(data)):
+            await self._budgets[piece.daemon_id].acquire(piece.length)
+            self.seal()
+            self._growing = piece
+            self._budgets[piece.daemon_id].growing.add(self)
+            self._seal_if_full(piece)
+
+    def _grow(self, run: Run, data: bytes) -> None:
+        run.add(data)
+        self._seal_if_full(run)
+
+    def _seal_if_full(self, run: Run) -> None:
+        if run.length >= RUN_MAX or run.within + run.length == self._chunk_size:
+            self.seal()
+
+    def _pieces(self, offset: int, data: memoryview) -> list[Run]:
+        """Cut bytes into runs of at most RUN_MAX, each within one chunk."""
+        runs = []
+        for extent in extents(offset, len(data), self._chunk_size):
+            daemon_id = self._shard_map.of_chunk(self._ino, extent.index, self._width)
+            for start in range(0, extent.length, RUN_MAX):
+                run = Run(offset + extent.position + start, extent.index, extent.offset + start, daemon_id)
+                position = extent.position + start
+                run.add(data[position : position + min(RUN_MAX, extent.length - start)])
+                runs.append(run)
+        return runs
+
+    def seal(self) -> None:
+        """Start to send the run that is growing, if there is one."""
+        run = self._growing
+        if run is None:
+            return
+        self._growing = None
+        self._budgets[run.daemon_id].growing.discard(self)
+        self._sealed[run] = None
+        self._nursery.start_soon(self._write_behind, run)
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Write ``data`` now, behind everything accepted before that it overlaps; it is the caller's until then.
+
+        Raise the first error, when everything has come to its end. When cancelled, any part may have been written.
+        """
+        self.seal()
+        runs = self._pieces(offset, data)
+        for run in runs:
+            self._sealed[run] = None
+        await all_of(self._write, runs)
+
+    async def _write_behind(self, run: Run) -> None:
+        try:
+            await self._write(run)
+        except FsError as error:
+            self._on_failed(error)
+        finally:
+            self._budgets[run.daemon_id].release(run.length)
+
+    async def _write(self, run: Run) -> None:
+        try:
+            for earlier in list(self._sealed):
+                if earlier is run:
+                    break
+                if earlier.overlaps(run.offset, run.end):
+                    await earlier.written.wait()
+            data = run.parts[0] if len(run.parts) == 1 else b"".join(run.parts)
+            grown = await self._store.write(ChunkId(self._ino, run.index), run.within, _plain(data))
+            self.unsynced.add(run.daemon_id)  # not before: a sync that began meanwhile may have missed it
+            self.unpublished = True
+            self.unpublished_end = max(self.unpublished_end, run.end)
+            self.unpublished_growth += grown
+        finally:
+            del self._sealed[run]
+            run.written.set()
+
+    async def settle(self, offset: int, length: int) -> None:
+        """Wait until what was accepted of a range before the call is with its daemons, or has failed."""
+        end = offset + length
+        if self._growing is not None and self._growing.overlaps(offset, end):
+            self.seal()
+        for run in list(self._sealed):
+            if run.overlaps(offset, end):
+                await run.written.wait()
+
+    async def settle_all(self) -> None:
+        """Wait until everything accepted before the call is with its daemons, or has failed."""
+        self.seal()
+        for run in list(self._sealed):
+            await run.written.wait()
+
+
+def _plain(data: bytes | memoryview) -> bytes | memoryview:
+    """Return the object below a memoryview that shows all of it: bytes travel without a detour."""
+    if isinstance(data, memoryview) and isinstance(data.obj, bytes) and len(data.obj) == len(data):
+        return data.obj
+    return data
+
+
+def accepted_bytes(budgets: Sequence[Budget]) -> int:
+    """Sum up the accepted bytes that no daemon has yet."""
+    return sum(budget.used for budget in budgets)
