@@ -73,11 +73,13 @@ PAUSE_MAX_S = 2.0
 RECLAIM_PAGE = 4096
 
 
-class Location(NamedTuple):
-    """Say where a daemon can be met; ``start`` differs after each of its starts, also at the same address."""
+class Location(Protocol):
+    """Say where a daemon can be met. Two are equal when they mean the same start of the daemon."""
 
-    address: str
-    start: str
+    @property
+    def address(self) -> str:
+        """Return what ``Network.connect`` takes."""
+        ...
 
 
 class Directory(Protocol):

@@ -13,6 +13,7 @@ again, and then joins the task. Every other request is cancelled with its connec
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
 from typing import TypeVar
 
 import trio
@@ -108,30 +109,34 @@ class _Running:
 class Server:
     """Be the handler of every channel of a daemon (ports.Handler, with ``handle_now``).
 
-    ``run`` must be running before requests are served.
+    ``client_id`` is this daemon's own. ``register`` everything, then ``run``, then serve.
     """
 
-    def __init__(
-        self,
-        store: KeyValueStore,
-        sessions: SessionTable,
-        client_id: ClientId,
-        *,
-        handlers: Mapping[type[Request], AsyncHandler],
-        handlers_now: Mapping[type[Request], SyncHandler],
-        bulk: Mapping[type[Request], BulkHandler],
-    ) -> None:
+    def __init__(self, store: KeyValueStore, sessions: SessionTable, client_id: ClientId) -> None:
         self._store = store
         self._sessions = sessions
         self._local = LocalCall(client_id)
-        self._handlers = {**sessions.handlers(), **handlers}
-        self._handlers_now = {**sessions.handlers_now(), **handlers_now}
-        self._bulk = dict(bulk)
-        self._ops_now = frozenset(cls.op for cls in self._handlers_now)
+        self._handlers: dict[type[Request], AsyncHandler] = {}
+        self._handlers_now: dict[type[Request], SyncHandler] = {}
+        self._bulk: dict[type[Request], BulkHandler] = {}
+        self._ops_now: frozenset[int] = frozenset()
+        self.register(sessions.handlers(), sessions.handlers_now())
         self._running: dict[tuple[ClientId, int], _Running] = {}
         self._nursery: trio.Nursery | None = None
         #: Requests served so far, by op.
         self._counts: Counter[int] = Counter()
+
+    def register(
+        self,
+        handlers: Mapping[type[Request], AsyncHandler],
+        handlers_now: Mapping[type[Request], SyncHandler] = MappingProxyType({}),
+        bulk: Mapping[type[Request], BulkHandler] = MappingProxyType({}),
+    ) -> None:
+        """Add a service's handlers."""
+        self._handlers.update(handlers)
+        self._handlers_now.update(handlers_now)
+        self._bulk.update(bulk)
+        self._ops_now = frozenset(cls.op for cls in self._handlers_now)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run the tasks of recorded requests until cancelled."""
