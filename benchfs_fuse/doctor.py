@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
+import trio
 from rich.console import Console
 from rich.text import Text
 
@@ -196,8 +197,9 @@ def check_inline(data_dir: Path, probe: Callable[[Path], InlineProbe]) -> Findin
     name = f"writes in {data_dir}"
     try:
         result = probe(data_dir)
-    except OSError as error:
-        return Finding(name, "fail", f"cannot be tried: {error.strerror}", "no daemon can use it", "choose another")
+    except (OSError, ImportError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        return Finding(name, "fail", f"cannot be tried: {reason}", "no daemon can use it", "choose another")
     times = f"{result.uring_write_us:.1f} µs through io_uring, {result.pwrite_us:.1f} µs by pwritev"
     if result.buffered_write_inline:
         return Finding(name, "ok", f"inline: {times}")
@@ -317,9 +319,15 @@ def json_of(results: Iterable[Finding]) -> str:
     return json.dumps([one._asdict() for one in results], indent=2, ensure_ascii=False)
 
 
-def run_doctor(data_dir: Path, as_json: bool, probe_inline: Callable[[Path], InlineProbe]) -> int:
-    """Check this machine, print what was found, and return 1 if anything fails, else 0."""
-    results = findings(data_dir, probe_inline)
+def _probe(data_dir: Path) -> InlineProbe:
+    from .chunks.uring import probe_inline  # here, so that a missing liburing is a finding and not an ImportError
+
+    return trio.run(probe_inline, data_dir)
+
+
+def run_doctor(data_dir: Path, as_json: bool) -> int:
+    """Check this machine, print what was found, and return 1 if anything fails, else 0. Runs outside of trio."""
+    results = findings(data_dir, _probe)
     if as_json:
         sys.stdout.write(json_of(results) + "\n")
     else:

@@ -127,6 +127,11 @@ def test_inline_writes(tmp_path: Path) -> None:
 
     assert doctor.check_inline(tmp_path, full)[1:3] == ("fail", "cannot be tried: No space left on device")
 
+    def missing(_: Path) -> Probed:
+        raise ImportError("No module named 'liburing'")
+
+    assert doctor.check_inline(tmp_path, missing)[1:3] == ("fail", "cannot be tried: No module named 'liburing'")
+
 
 def test_segments_are_leftovers_unless_somebody_maps_them(tmp_path: Path) -> None:
     dead, alive, other = tmp_path / "ucx_shm_posix_1", tmp_path / "ucx_shm_posix_2", tmp_path / "unrelated"
@@ -176,9 +181,9 @@ def test_people_read_lines_and_programs_read_json(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(doctor, "findings", sick)
-    assert doctor.run_doctor(tmp_path, False, lambda _: Probed(True, 1.0)) == 1
+    assert doctor.run_doctor(tmp_path, False) == 1
     assert capsys.readouterr().out == "ok   a: fine\nfail b: broken [x]\n     costs: everything\n     do: mend it\n"
-    assert doctor.run_doctor(tmp_path, True, lambda _: Probed(True, 1.0)) == 1
+    assert doctor.run_doctor(tmp_path, True) == 1
     assert json.loads(capsys.readouterr().out)[1] == {
         "name": "b",
         "level": "fail",
@@ -192,7 +197,7 @@ def test_a_warning_is_no_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(doctor, "findings", lambda *_: [Finding("a", "warn", "slow")])
-    assert doctor.run_doctor(tmp_path, False, lambda _: Probed(True, 1.0)) == 0
+    assert doctor.run_doctor(tmp_path, False) == 0
     assert capsys.readouterr().out == "warn a: slow\n"
 
 
