@@ -73,7 +73,7 @@ ROOMS = {
     ),
     "roots": Room(
         modules=("mount", "daemon", "cli", "commands", "commands.*", "mount_helper", "client", "doctor", "quickcheck"),
-        rooms=("pure", "ports", "shared", "services", "twins", "adapters", "front ends", "machine", "roots"),
+        rooms=("pure", "ports", "shared", "services", "twins", "adapters", "front", "machine", "roots"),
         packages=("trio", "msgspec", "rich", "matplotlib"),
     ),
 }
@@ -180,7 +180,7 @@ def test_imports_have_no_cycle() -> None:
             "from ..services.store import x",
             "chunks.uring (adapters) imports services.store (services)",
         ),
-        ("fuse.py", "from .rpc.ucx import x", "fuse (front ends) imports rpc.ucx (adapters)"),
+        ("fuse.py", "from .rpc.ucx import x", "fuse (front) imports rpc.ucx (adapters)"),
         ("daemon.py", "import rocksdict", "daemon (roots) imports rocksdict: only kv.rocks may"),
         ("forgotten.py", "", "forgotten is in no room: assign it in tests/t0_imports.py"),
         ("model.py", "from . import forgotten", "model (pure) imports forgotten (no room)"),
