@@ -16,6 +16,7 @@ from .errors import UserError
 
 FUSE_TYPE = "fuse.benchfs"
 
+_CONNECTIONS = Path("/sys/fs/fuse/connections")
 _MNT_FORCE = 1
 _MNT_DETACH = 2
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
@@ -76,10 +77,20 @@ def is_benchfs(mount: KernelMount | None) -> bool:
     return mount is not None and mount.fstype == FUSE_TYPE
 
 
+def connection(minor: int) -> Path:
+    """Return the directory with the knobs of a FUSE connection; it may not exist, or not be ours to change.
+
+    Where nobody has mounted fusectl, as in containers, root does it here.
+    """
+    if not os.path.ismount(_CONNECTIONS) and os.geteuid() == 0:
+        _libc.mount(b"fusectl", os.fsencode(_CONNECTIONS), b"fusectl", 0, None)
+    return _CONNECTIONS / str(minor)
+
+
 def abort(mount: KernelMount) -> bool:
     """End a FUSE connection: everybody who waits for it gets an error at once. Tell whether we were allowed to."""
     with contextlib.suppress(OSError):
-        Path(f"/sys/fs/fuse/connections/{mount.minor}/abort").write_text("1")
+        (connection(mount.minor) / "abort").write_text("1")
         return True
     return False
 
