@@ -318,7 +318,9 @@ class Link:
         known, self.trouble = self.trouble, trouble
         if known is None or type(known) is not type(trouble):
             since = time.strftime("%H:%M:%S", time.localtime(self._missing_since_s))
-            log.warning("%s has been missing since %s: %s", self.name, since, trouble)
+            # Before it was ever there, a daemon that is not registered is only late.
+            level = logging.INFO if self._location is None and self._incarnation == 0 else logging.WARNING
+            log.log(level, "%s has been missing since %s: %s", self.name, since, trouble)
             self.wake()
 
     async def say_goodbye(self) -> None:
