@@ -365,7 +365,7 @@ async def apply(store: ChunkStore, model: Model, operation: Operation, fill: int
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=IDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(operations=OPERATIONS)
 def test_behaves_like_plain_bytes(implementation: Implementation, operations: list[Operation]) -> None:
     async def run() -> None:

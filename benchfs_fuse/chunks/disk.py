@@ -243,7 +243,7 @@ class DiskChunkStore:
         finally:
             file.writers -= 1
             if not file.writers:
-                if file.torn:
+                if file.torn and not file.gone:
                     with suppress(FsError):
                         self._cut(file)
                 if file.idle is not None:
@@ -252,9 +252,8 @@ class DiskChunkStore:
 
     async def trim(self, ino: int, index: int, offset: int) -> Trimmed:
         """Drop of file ``ino`` everything at and behind byte ``offset`` of chunk ``index``."""
-        freed = await self._drop_from(ino, index + 1 if offset else index)
-        if offset:
-            freed += await self._shorten(ChunkId(ino, index), offset)
+        freed = await self._shorten(ChunkId(ino, index), offset) if offset else 0
+        dropped = await self._drop_from(ino, index + 1 if offset else index)
         left = index = 0
         while page := self._table.page(ino, index, PAGE_MAX):
             left += sum(record.allocated for _, record in page)
@@ -262,14 +261,11 @@ class DiskChunkStore:
             if len(page) < PAGE_MAX:
                 break
             await trio.lowlevel.checkpoint()
-        return Trimmed(freed, left)
+        return Trimmed(freed + dropped, left)
 
     async def drop(self, inos: Sequence[int]) -> int:
         """Drop all chunks of these files; return the bytes freed, which the disk has back a little later."""
-        freed = 0
-        for ino in inos:
-            freed += await self._drop_from(ino, 0)
-        return freed
+        return sum([await self._drop_from(ino, 0) for ino in inos])
 
     async def sync(self, ino: int) -> None:
         """Bring everything written to ``ino`` so far to stable storage.
@@ -379,11 +375,15 @@ class DiskChunkStore:
             os.close(file.fd)
 
     def _cut(self, file: _File) -> None:
-        """Make a file as long as its record says. If that fails, ``_lookup`` tries again."""
+        """Make a file as long as its record in the table says. If that fails, ``_lookup`` tries again."""
+        file.torn = True
+        record = self._table.get(file.chunk)
+        if record is None:
+            return
+        file.record = record
         try:
-            os.ftruncate(file.fd, file.record.length)
+            os.ftruncate(file.fd, record.length)
         except OSError as error:
-            file.torn = True
             raise from_disk(error, f"chunk {file.chunk}") from error
         file.torn = False
 
@@ -423,7 +423,6 @@ class DiskChunkStore:
             record = file.record.cut(offset)
             freed = file.record.allocated - record.allocated
             self._table.put(chunk, record)
-            file.record = record
             self._cut(file)
             return freed
         finally:
