@@ -343,13 +343,13 @@ async def test_removal_that_fails_is_tried_again_with_the_next_drop(
 ) -> None:
     kv = MemoryStore()
 
-    def refuse(path: Path, missing_ok: bool) -> None:
+    def refuse(path: str) -> None:
         raise OSError(30, "Read-only file system")
 
     async with opened(tmp_path, kv) as (store, _):
         await store.write(CHUNK, 0, b"x")
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "unlink", refuse)
+            patch.setattr(os, "unlink", refuse)
             await store.drop([77])
             await trio.testing.wait_all_tasks_blocked(0.05)
         assert "cannot remove dropped chunk files" in caplog.text

@@ -117,7 +117,7 @@ class DiskChunkStore:
         let small operations go around the ring (``plain_paths``). ``reserve`` overrides the space kept free, in bytes.
         Existing chunks are adopted without looking at them; what an earlier run left to be removed is removed.
         """
-        self._directory = directory / "chunks"
+        self._directory = str(directory / "chunks")
         self._store = store
         self._ring = ring
         self._nursery = nursery
@@ -136,8 +136,8 @@ class DiskChunkStore:
         self._removing = False
         try:
             for number in range(DIRECTORIES):
-                (self._directory / f"{number:02x}").mkdir(parents=True, exist_ok=True)
-            for path in (self._directory, directory):
+                os.makedirs(f"{self._directory}/{number:02x}", exist_ok=True)
+            for path in (self._directory, str(directory)):
                 _fsync_directory(path)
             self._filesystem = f"{_boot_id()}:{directory.stat().st_dev}"
             space = os.statvfs(self._directory)
@@ -294,7 +294,7 @@ class DiskChunkStore:
         try:
             space = os.statvfs(self._directory)
         except OSError as error:
-            raise from_disk(error, str(self._directory)) from error
+            raise from_disk(error, self._directory) from error
         unit = space.f_frsize
         available = max(0, space.f_bavail * unit - self._reserve)
         return [
@@ -311,8 +311,8 @@ class DiskChunkStore:
         self._files.clear()
         await trio.lowlevel.checkpoint()
 
-    def _path(self, chunk: ChunkId, birth: int) -> Path:
-        return self._directory / f"{chunk.ino % DIRECTORIES:02x}" / f"{chunk.ino:016x}.{chunk.index:08x}.{birth:016x}"
+    def _path(self, chunk: ChunkId, birth: int) -> str:
+        return f"{self._directory}/{chunk.ino % DIRECTORIES:02x}/{chunk.ino:016x}.{chunk.index:08x}.{birth:016x}"
 
     def _lookup(self, chunk: ChunkId) -> _File | None:
         """Return a chunk's open file, None if there is no such chunk; cut it if it is too long.
@@ -517,7 +517,7 @@ class DiskChunkStore:
 
     async def _sync_directory(self, number: int) -> None:
         made = self._entries_made[number]
-        path = self._directory / f"{number:02x}"
+        path = f"{self._directory}/{number:02x}"
         try:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -539,13 +539,14 @@ def _write_all(fd: int, data: Buffer, offset: int) -> None:
         offset += count
 
 
-def _unlink_all(paths: list[Path]) -> None:
+def _unlink_all(paths: list[str]) -> None:
     """Unlink files; those that are not there were unlinked before a crash, or never made."""
     for path in paths:
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(path)
 
 
-def _fsync_directory(path: Path) -> None:
+def _fsync_directory(path: str) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
