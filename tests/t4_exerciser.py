@@ -1,0 +1,32 @@
+"""Every byte of one file is right through random changes, on one mount and across two."""
+
+from pathlib import Path
+
+import pytest
+
+from benchfs_fuse.testing.exerciser import Mode, exercise
+
+pytest_plugins = ("mounts",)
+
+OPS = {Mode.MIXED: 600, Mode.DIRECT: 300, Mode.REGIONS: 60, Mode.APPEND: 60}
+LONG = 20
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("mode", list(Mode))
+def test_every_byte_on_one_mount(mountpoint: Path, mode: Mode, seed: int) -> None:
+    exercise(mode, mountpoint, None, seed, OPS[mode])
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("mode", list(Mode))
+def test_every_byte_across_two_mounts(mountpoint: Path, mountpoint2: Path, mode: Mode, seed: int) -> None:
+    exercise(mode, mountpoint, mountpoint2, seed, OPS[mode])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10, 14))
+@pytest.mark.parametrize("mode", list(Mode))
+def test_every_byte_in_long_runs(mountpoint: Path, mountpoint2: Path, mode: Mode, seed: int) -> None:
+    exercise(mode, mountpoint, None, seed, OPS[mode] * LONG)
+    exercise(mode, mountpoint, mountpoint2, seed, OPS[mode] * LONG)
