@@ -7,7 +7,7 @@
     O       directory ino 8, cookie 8         directory entry by position
     X       ino 8, attribute name             extended attribute
     L       ino 8                             target of a symbolic link
-    N       shard 2                           inode counters below this number may be in use
+    N                                         inode counters of this daemon below this number may be in use
     U       ino 8                             dead or orphaned inode whose chunks are still to be dropped
     P       ino 8                             truncation under way
     T       daemon 2, incarnation 8, count 8  transaction: prepared here, or decided here

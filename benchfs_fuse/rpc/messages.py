@@ -261,7 +261,7 @@ class Rename(Request, frozen=True):
 
 
 class ReadDirReply(Body, frozen=True):
-    """Return one page of a directory; fewer than asked for only at the end. ``end``: nothing follows."""
+    """Return one page of a directory, as much as asked for or as a body holds. ``end``: nothing follows."""
 
     entries: tuple[DirEntry, ...]
     end: bool
@@ -551,7 +551,7 @@ class NewInode(Body, frozen=True, tag=3):
 
 
 class AddLink(Body, frozen=True, tag=4):
-    """Count one more name of a file. NotPermitted for directories, TooManyLinks, Stale when it has no name left."""
+    """Count one more name of a file. NotPermitted for directories, TooManyLinks, Conflict when it has none left."""
 
     ino: int
 

@@ -1,0 +1,64 @@
+"""Know whose a daemon's store is: format, cluster and daemon number are written once and checked at every start."""
+
+import stat
+
+from .. import disk
+from ..errors import UserError
+from ..layout import ShardMap
+from ..model import ROOT_INO, Attrs
+from ..ports import KeyValueStore
+from .calls import Batch
+from .inodes import GENERATION, Draft, Inode, Inodes
+
+_FORMAT = disk.META + b"format"
+_CLUSTER = disk.META + b"cluster"
+_DAEMON = disk.META + b"daemon"
+_INCARNATION = disk.META + b"incarnation"
+
+#: Permissions of the root directory, owned by root, as a fresh local file system has them.
+ROOT_MODE = 0o755
+
+
+def open_store(
+    store: KeyValueStore, cluster_id: str, daemon_id: int, shard_map: ShardMap, chunk_size: int, now_ns: int
+) -> int:
+    """Check that this store belongs here, lay it out if it is empty, count this start; return the incarnation.
+
+    The daemon that holds the root's shard makes the root directory, whose ``chunk_size`` all directories inherit.
+    UserError: the store is another cluster's, another daemon's, or of a newer format.
+    """
+    found = store.get(_FORMAT)
+    batch = Batch(store)
+    if found is None:
+        batch = Draft(inodes := Inodes(store, daemon_id, shard_map, lambda: now_ns))
+        batch.put(_FORMAT, b"%d" % disk.FORMAT)
+        batch.put(_CLUSTER, cluster_id.encode())
+        batch.put(_DAEMON, b"%d" % daemon_id)
+        if inodes.home(ROOT_INO) == daemon_id:
+            batch.add(_root(chunk_size, len(inodes.daemons), now_ns))
+    else:
+        if int(found) > disk.FORMAT:
+            raise UserError(
+                f"The data directory has format {int(found)}, this program knows {disk.FORMAT}: use the newer program."
+            )
+        if (cluster := (store.get(_CLUSTER) or b"").decode()) != cluster_id:
+            raise UserError(f"The data directory belongs to cluster {cluster}, not to {cluster_id}.")
+        if (owner := int(store.get(_DAEMON) or -1)) != daemon_id:
+            raise UserError(f"The data directory belongs to daemon {owner}, not to daemon {daemon_id}.")
+    incarnation = int(store.get(_INCARNATION) or 0) + 1
+    batch.put(_INCARNATION, b"%d" % incarnation)
+    batch.write()
+    return incarnation
+
+
+def daemon_of(store: KeyValueStore) -> tuple[str, int] | None:
+    """Return the cluster and the daemon number that a store belongs to, None if it is empty."""
+    cluster, daemon = store.get(_CLUSTER), store.get(_DAEMON)
+    return None if cluster is None or daemon is None else (cluster.decode(), int(daemon))
+
+
+def _root(chunk_size: int, width: int, now_ns: int) -> Inode:
+    mode = stat.S_IFDIR | ROOT_MODE
+    return Inode.of(
+        Attrs(ROOT_INO, GENERATION, mode, 2, 0, 0, 0, 0, 0, now_ns, now_ns, now_ns, 1, chunk_size, width, ROOT_INO)
+    )

@@ -1,0 +1,378 @@
+"""Do the steps of an operation on names, on this daemon at once, over several daemons by two-phase commit.
+
+On one daemon the steps are checked and applied without an await in between, in one batch. Over several:
+
+1. Every daemon concerned is prepared, in ascending order of their numbers, this one in its turn: locks taken (waited
+   for by event), steps checked, and at the others written to the store under T. The order is the same everywhere, so
+   two transactions cannot wait for each other.
+2. One batch here is the commit point: our own steps applied, the decision under T with the daemons to be told, and the
+   client's recorded outcome.
+3. The others are told, all at once, for as long as it takes, and apply what they prepared. When all have answered the
+   client is answered, so that its next operation sees the result everywhere, and the decision record goes.
+
+Before the decision an error, the deadline or a cancellation aborts: nothing has happened, the others are told behind
+the reply. After it a cancellation changes nothing.
+
+What a crash leaves, and who ends it:
+
+    crash of                        left behind                 ended by
+    coordinator before the decision prepared steps at others    its next start: Finish with counter 0 aborts all that
+                                                                earlier incarnations left undecided (presumed abort)
+    coordinator after the decision  decision record             its next start: tells everybody again
+    participant, prepared           its record and its locks    its next start: takes the locks before it serves, and
+                                                                asks the coordinator; or the Finish that is sent again
+
+RPCs between daemons per transaction: 2 for each participant besides the coordinator (Prepare, Finish); at each start
+of a daemon 1 to every other daemon. An operation on one daemon needs none.
+"""
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import msgspec
+import trio
+
+from .. import disk
+from ..errors import Conflict, DaemonUnreachable, FsError, ProtocolError
+from ..model import Attrs, ClientId
+from ..rpc.messages import Body, Done, Finish, FinishReply, Outcome, OutcomeReply, Prepare, Step, TxId
+from .calls import Batch, Call, Peers
+from .inodes import Draft, Inode, Inodes
+from .jobs import Jobs, persist
+from .locks import Locks
+from .parallel import each
+from .steps import apply, check, place, wanted
+
+#: Transactions whose abort came before their Prepare that are remembered: the two travel together, so a handful.
+REFUSED_MAX = 1024
+
+_KEY = struct.Struct(">HQQ")
+_encode = msgspec.msgpack.Encoder().encode
+_decode_steps = msgspec.msgpack.Decoder(tuple[Step, ...]).decode
+_decode_daemons = msgspec.msgpack.Decoder(tuple[int, ...]).decode
+
+#: Return the attributes that an inode has after a transaction, as far as they are known here.
+AttrsOf = Callable[[int], Attrs | None]
+
+
+class Plan(NamedTuple):
+    """Say what an operation does: its steps, its reply, and what else of this daemon's goes into the same batch.
+
+    ``reply`` is called after the steps were applied in a draft; over several daemons a second time, when the others
+    have told their inodes' attributes. A retry gets the first.
+    """
+
+    steps: Sequence[Step]
+    reply: Callable[[AttrsOf], Body]
+    also: Callable[[Draft, Call], None] | None = None
+
+
+class _Telling:
+    """Follow the telling of one decision: ``told`` is set when all have answered."""
+
+    def __init__(self) -> None:
+        self.told = trio.Event()
+        self.attrs: dict[int, Attrs] = {}
+
+
+class Transactions:
+    """Coordinate and take part. ``unlinked`` is called in a draft with an inode that lost its last name."""
+
+    def __init__(
+        self,
+        inodes: Inodes,
+        locks: Locks,
+        peers: Peers,
+        jobs: Jobs,
+        incarnation: int,
+        unlinked: Callable[[Draft, Inode], None],
+        prepare_timeout_s: float,
+    ) -> None:
+        self._inodes = inodes
+        self._store = inodes.store
+        self._locks = locks
+        self._peers = peers
+        self._jobs = jobs
+        self._incarnation = incarnation
+        self._unlinked = unlinked
+        self._prepare_timeout_s = prepare_timeout_s
+        self._counter = 0
+        #: Ours, undecided.
+        self._active: set[bytes] = set()
+        #: Ours and decided by earlier incarnations, with the daemons that are still to be told.
+        self._inherited: dict[bytes, tuple[TxId, set[int]]] = {}
+        #: Others', prepared here.
+        self._prepared: dict[bytes, tuple[Step, ...]] = {}
+        #: Others', aborted before their Prepare came; oldest first.
+        self._refused: dict[bytes, None] = {}
+        self._inherited_told = trio.Event()
+        #: Decisions that are being told and whose clients have gone away.
+        self._abandoned: set[_Telling] = set()
+
+    @property
+    def prepared_count(self) -> int:
+        """Count the transactions of others that wait here for their end."""
+        return len(self._prepared)
+
+    # ── coordinator ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def apply_here(self, plan: Plan, draft: Draft, call: Call) -> Body | None:
+        """Do a plan whose steps all concern this daemon; None if they do not. Blocked, and what a step raises.
+
+        ``draft`` may hold what was read for the plan, if nothing was awaited since.
+        """
+        here = self._inodes.daemon_id
+        home = self._inodes.home
+        if any(home(place(step)) != here for step in plan.steps):
+            return None
+        if len(self._locks):
+            self._locks.check(wanted(plan.steps))
+        for step in plan.steps:
+            check(draft, step)
+        for step in plan.steps:
+            apply(draft, step, self._unlinked)
+        return self._commit(plan, draft, call)
+
+    def _commit(self, plan: Plan, draft: Draft, call: Call) -> Body:
+        if plan.also is not None:
+            plan.also(draft, call)
+        reply = plan.reply(draft.attrs)
+        call.commit(draft, reply)
+        return reply
+
+    async def execute(self, plan: Plan, call: Call) -> Body:
+        """Do a plan wherever its steps are. Conflict: look again and make another plan.
+
+        DaemonUnreachable: a daemon did not answer in time; nothing was changed.
+        """
+        here = self._inodes.daemon_id
+        homes: dict[int, list[Step]] = {}
+        for step in plan.steps:
+            homes.setdefault(self._inodes.home(place(step)), []).append(step)
+        if homes.keys() <= {here}:
+            reply = self.apply_here(plan, self._inodes.draft(), call)
+            assert reply is not None
+            return reply
+        self._counter += 1
+        txid = TxId(here, self._incarnation, self._counter)
+        own = homes.get(here, [])
+        locked: dict[bytes, bool] = {}
+        asked: list[int] = []
+        self._active.add(key := _key(txid))
+        try:
+            with trio.fail_after(self._prepare_timeout_s):
+                for daemon in sorted(homes):
+                    if daemon == here:
+                        await self._locks.acquire(keys := wanted(own))
+                        locked = keys
+                        draft = self._inodes.draft()
+                        for step in own:
+                            check(draft, step)
+                    else:
+                        asked.append(daemon)
+                        await self._prepare_at(daemon, Prepare(txid, tuple(homes[daemon])), asked)
+            draft = self._inodes.draft()
+            for step in own:
+                apply(draft, step, self._unlinked)
+            draft.put(key, _encode(asked))
+            reply = self._commit(plan, draft, call)
+        except BaseException as error:
+            if asked:
+                self._jobs.start(self._tell, txid, asked, False, _Telling())
+            if isinstance(error, trio.TooSlowError):
+                raise DaemonUnreachable(f"daemons {asked} were not prepared in {self._prepare_timeout_s} s") from None
+            raise
+        finally:
+            self._active.discard(key)
+            self._locks.release(locked)
+        telling = _Telling()
+        self._jobs.start(self._tell, txid, asked, True, telling)
+        try:
+            await telling.told.wait()
+        except trio.Cancelled:
+            self._abandoned.add(telling)
+            raise
+        return plan.reply(lambda ino: telling.attrs.get(ino) or self._attrs_here(ino)) if telling.attrs else reply
+
+    async def wait_settled(self) -> None:
+        """Wait until everybody knows our earlier decisions, but for those whose clients wait for that themselves."""
+        await self._inherited_told.wait()
+        for telling in tuple(self._abandoned):
+            await telling.told.wait()
+
+    def _attrs_here(self, ino: int) -> Attrs | None:
+        inode = self._inodes.find(ino)
+        return None if inode is None else inode.attrs()
+
+    async def _prepare_at(self, daemon: int, request: Prepare, asked: list[int]) -> None:
+        """Prepare another daemon. One that refuses has kept nothing and need not be told the end."""
+        try:
+            await self._peers.call(daemon, request, Done)
+        except FsError:
+            asked.remove(daemon)
+            raise
+
+    async def _tell(self, txid: TxId, daemons: Sequence[int], commit: bool, telling: _Telling) -> None:
+        """Tell the end of a transaction to everybody, then forget the decision."""
+
+        async def one(daemon: int) -> None:
+            telling.attrs.update((attrs.ino, attrs) for attrs in await self._finish_at(daemon, txid, commit))
+
+        await each(one, daemons)
+        telling.told.set()
+        self._abandoned.discard(telling)
+        if commit:
+            await self._forget(_key(txid))
+
+    async def _finish_at(self, daemon: int, txid: TxId, commit: bool) -> Sequence[Attrs]:
+        attrs: Sequence[Attrs] = ()
+
+        async def attempt() -> None:
+            nonlocal attrs
+            attrs = (await self._peers.call(daemon, Finish(txid, commit), FinishReply)).attrs
+
+        await persist(f"Finish of {txid} at daemon {daemon}", attempt)
+        return attrs
+
+    async def _forget(self, key: bytes) -> None:
+        async def attempt() -> None:
+            self._store.write([], [key])
+
+        await persist("removal of a decision record", attempt)
+
+    # ── participant ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def prepare(self, request: Prepare, call: Call) -> Body:
+        """Check, lock and remember. Blocked while somebody else holds a lock; a second Prepare finds the first's."""
+        key = _key(request.txid)
+        if key in self._prepared:
+            return Done()
+        if key in self._refused:
+            raise Conflict(f"{request.txid} was aborted")
+        keys = wanted(request.steps)
+        self._locks.check(keys)
+        draft = self._inodes.draft()
+        for step in request.steps:
+            check(draft, step)
+        draft.put(key, _encode(request.steps))
+        draft.after_write.append(lambda: self._hold(key, request.steps))
+        reply = Done()
+        call.commit(draft, reply)
+        return reply
+
+    def _hold(self, key: bytes, steps: tuple[Step, ...]) -> None:
+        self._locks.take(wanted(steps))
+        self._prepared[key] = steps
+
+    def finish(self, request: Finish, call: Call) -> Body:
+        """Apply or forget what was prepared, and unlock."""
+        if request.txid.counter == 0:
+            return self._finish_older(request.txid, call)
+        key = _key(request.txid)
+        steps = self._prepared.get(key)
+        if steps is None:
+            if not request.commit:
+                self._refuse(key)
+            return FinishReply(())
+        draft = self._inodes.draft()
+        changed: list[int] = []
+        if request.commit:
+            changed = [ino for step in steps if (ino := apply(draft, step, self._unlinked))]
+        reply = FinishReply(tuple(attrs for ino in changed if (attrs := draft.attrs(ino)) is not None))
+        self._end(draft, key)
+        call.commit(draft, reply)
+        return reply
+
+    def _finish_older(self, txid: TxId, call: Call) -> Body:
+        """Abort what a coordinator's earlier incarnations prepared here and did not decide: it told the rest before."""
+        first, last = (_KEY.pack(txid.daemon, incarnation, 0) for incarnation in (0, txid.incarnation))
+        draft = self._inodes.draft()
+        for key in self._prepared:
+            if first <= key[1:] < last:
+                self._end(draft, key)
+        reply = FinishReply(())
+        call.commit(draft, reply)
+        return reply
+
+    def _end(self, draft: Draft, key: bytes) -> None:
+        """Forget a prepared transaction with the draft, and unlock when it is written."""
+
+        def unlock() -> None:
+            self._locks.release(wanted(self._prepared.pop(key)))
+
+        draft.delete(key)
+        draft.after_write.append(unlock)
+
+    def _refuse(self, key: bytes) -> None:
+        self._refused[key] = None
+        if len(self._refused) > REFUSED_MAX:
+            del self._refused[next(iter(self._refused))]
+
+    def outcome(self, request: Outcome, call: Call) -> Body:
+        """Tell what became of one of our transactions: without a decision record it was aborted."""
+        del call
+        if request.txid.daemon != self._inodes.daemon_id:
+            raise ProtocolError(f"{request.txid} is not coordinated here")
+        key = _key(request.txid)
+        if self._store.get(key) is not None:
+            return OutcomeReply(True, True)
+        return OutcomeReply(key not in self._active, False)
+
+    # ── recovery ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def recover(self) -> None:
+        """Take the locks of prepared transactions again; start what ends them and tells our decisions. Once."""
+        for key, value in self._store.scan(disk.TRANSACTION, disk.after(disk.TRANSACTION)):
+            txid = TxId(*_KEY.unpack_from(key, 1))
+            if txid.daemon == self._inodes.daemon_id:
+                self._inherited[key] = (txid, set(_decode_daemons(value)))
+            else:
+                self._hold(key, _decode_steps(value))
+                self._jobs.start(self._resolve, txid)
+        if not self._inherited:
+            self._inherited_told.set()
+        for daemon in self._inodes.daemons:
+            if daemon != self._inodes.daemon_id:
+                self._jobs.start(self._resume, daemon)
+
+    async def _resolve(self, txid: TxId) -> None:
+        """Ask the coordinator about what was prepared before the crash. One that has not decided will tell."""
+
+        async def attempt() -> None:
+            reply = await self._peers.call(txid.daemon, Outcome(txid), OutcomeReply)
+            if reply.decided:
+                self.finish(Finish(txid, reply.commit), _Unrecorded())
+
+        await persist(f"Outcome of {txid}", attempt)
+
+    async def _resume(self, daemon: int) -> None:
+        """Tell another daemon what earlier incarnations decided, and that everything else of them is aborted."""
+        for key, (txid, waiting) in list(self._inherited.items()):
+            if daemon in waiting:
+                await self._finish_at(daemon, txid, True)
+                waiting.discard(daemon)
+                if not waiting:
+                    await self._forget(key)
+                    del self._inherited[key]
+        if not self._inherited:
+            self._inherited_told.set()
+        await self._finish_at(daemon, TxId(self._inodes.daemon_id, self._incarnation, 0), False)
+
+
+class _Unrecorded:
+    """Stand for a call that nobody made: what this daemon does of its own accord."""
+
+    client_id = ClientId(0)
+
+    def commit(self, batch: Batch, reply: Body) -> None:
+        """Write the batch."""
+        batch.write()
+
+
+def _key(txid: TxId) -> bytes:
+    """Return the key of a transaction: prepared at a participant, decided at its coordinator."""
+    try:
+        return disk.TRANSACTION + _KEY.pack(txid.daemon, txid.incarnation, txid.counter)
+    except struct.error:
+        raise ProtocolError(f"{txid} is out of range") from None
