@@ -91,4 +91,6 @@ def start_module(module: str, arguments: Sequence[str], log: Path, ready_option:
     with log.open("rb") as output:
         output.seek(log_start)
         last = output.read().decode(errors="replace").strip().splitlines()
-    raise UserError(last[-1] if last else f"{module} ended with code {child.returncode} and said nothing; see {log}")
+    if not last:
+        raise UserError(f"{module} ended with code {child.returncode} and said nothing; see {log}")
+    raise UserError(last[-1].removeprefix("benchfs: "))
