@@ -280,6 +280,8 @@ class Sut:
         return os.pwrite(fd, pattern(fill, length), offset)
 
     def lseek(self, slot: int, offset: int, whence: int) -> Value:
+        if stat.S_ISDIR(os.fstat(self.fd(slot)).st_mode):
+            return None  # positions in a directory are cookies, each file system's own
         return os.lseek(self.fd(slot), offset, whence)
 
     def ftruncate(self, slot: int, size: int) -> Value:
