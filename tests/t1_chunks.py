@@ -5,7 +5,7 @@ To have another implementation checked, append it to ``IMPLEMENTATIONS``.
 
 import os
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,16 @@ from benchfs_fuse.chunks.uring import Ring
 from benchfs_fuse.errors import FsError, NoSpace, StorageError
 from benchfs_fuse.kv.rocks import RocksStore
 from benchfs_fuse.limits import MIB
-from benchfs_fuse.model import ChunkId
-from benchfs_fuse.ports import ChunkStore
+from benchfs_fuse.model import ChunkId, ClientId
+from benchfs_fuse.ports import ChunkStore, KeyValueStore
+from benchfs_fuse.rpc.memory import MemoryNetwork
+from benchfs_fuse.rpc.messages import OpenCount, Request
+from benchfs_fuse.rpc.server import AsyncHandler, SyncHandler
+from benchfs_fuse.services.calls import Peers
+from benchfs_fuse.services.chunkserver import ChunkServer
+from benchfs_fuse.services.remote_chunks import RemoteChunkStore
+from benchfs_fuse.services.sessions import SessionTable
+from benchfs_fuse.testing.daemons import MemoryCluster, MemoryDaemon
 
 BLOCK = 4096
 
@@ -65,9 +73,46 @@ async def open_disk(directory: Path, plain: bool) -> AsyncIterator[ChunkStore]:
     kv.close()
 
 
+class ChunksAlone:
+    """Be the service of a daemon that serves chunks and nothing else."""
+
+    def __init__(self) -> None:
+        self.chunks = ChunkServer(MemoryChunkStore())
+
+    def handlers(self) -> Mapping[type[Request], AsyncHandler]:
+        return self.chunks.handlers()
+
+    def handlers_now(self) -> Mapping[type[Request], SyncHandler]:
+        return {}
+
+    async def session_ended(self, client_id: ClientId, opens: Sequence[OpenCount], clean: bool) -> None:
+        pass
+
+
+@asynccontextmanager
+async def open_remote(directory: Path) -> AsyncIterator[ChunkStore]:
+    """Reach the chunks of three daemons, as a fourth one: mounts may not trim."""
+
+    def serve(daemon: MemoryDaemon, store: KeyValueStore, sessions: SessionTable, peers: Peers) -> ChunksAlone:
+        service = ChunksAlone()
+        daemon.server.register({}, bulk=service.chunks.bulk())
+        return service
+
+    async with MemoryNetwork(seed=1) as network, trio.open_nursery() as nursery:
+        cluster = MemoryCluster(network, nursery, serve, daemons=3)
+        await cluster.start()
+        links, _ = cluster.links(kind="daemon", daemon_id=99)
+        nursery.start_soon(links.run)
+        store = RemoteChunkStore(links, width=3)
+        yield store
+        await store.aclose()
+        nursery.cancel_scope.cancel()
+
+
 IMPLEMENTATIONS = [
     Implementation("memory", open_memory, False),
     Implementation("faultless", open_faultless, False),
+    Implementation("remote", open_remote, False),
     Implementation("disk", partial(open_disk, plain=False), True),
     Implementation("disk-plain", partial(open_disk, plain=True), True),
 ]

@@ -19,7 +19,7 @@ from benchfs_fuse.errors import (
     Stale,
     StorageError,
 )
-from benchfs_fuse.model import Attrs, ClientId, make_ino
+from benchfs_fuse.model import Attrs, ClientId, Entry, make_ino
 from benchfs_fuse.ports import Ending, KeyValueStore
 from benchfs_fuse.rpc.client import ORDINARY_MAX, Link, Links
 from benchfs_fuse.rpc.memory import MemoryNetwork
@@ -28,9 +28,12 @@ from benchfs_fuse.rpc.messages import (
     Body,
     CommitWrite,
     Done,
+    EntryReply,
+    Expel,
     Failure,
     GetAttr,
     Heartbeat,
+    Lookup,
     OpenCount,
     Outcome,
     OutcomeReply,
@@ -243,11 +246,35 @@ async def test_a_request_that_was_given_up_does_not_hide_the_outcome_of_the_next
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(links.to(0).call, CommitWrite(2, 500, 0), AttrsReply)
-            service.gate.set()
+            while not applied(cluster.daemons[0])[500]:
+                await trio.lowlevel.checkpoint()
+            service.gate.set()  # what was given up is applied before the retry comes
         assert applied(cluster.daemons[0])[500] == 1
         assert applied(cluster.daemons[0])[1000] == 1
         key = disk.key_slot(disk.OUTCOME, links.client_id, 0)
         assert int.from_bytes((cluster.daemons[0].store.get(key) or b"")[:8], "big") == 2
+
+
+async def test_what_a_client_had_under_way_is_not_applied_once_it_is_expelled() -> None:
+    async with open_cluster(2) as cluster:
+        links = await connect(cluster)
+        service = ledger(cluster.daemons[0])
+        service.gated = 4
+
+        async def fail() -> None:
+            with pytest.raises(Stale):
+                await links.to(0).call(CommitWrite(4, 1, 0), AttrsReply)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fail)
+            await wait_all_tasks_blocked()
+            peers = ledger(cluster.daemons[1]).peers
+            assert peers is not None
+            await peers.call(0, Expel(links.client_id), Done)
+            service.gate.set()
+            await wait_all_tasks_blocked()
+        assert links.expelled.is_set()
+        assert applied(cluster.daemons[0]) == {}
 
 
 async def test_requests_in_flight_are_bounded_for_each_daemon_by_itself() -> None:
@@ -353,12 +380,6 @@ async def test_waiting_requests_of_daemons_leave_room_for_those_that_end_the_wai
         peers = ledger(cluster.daemons[0]).peers
         assert peers is not None
 
-        class Locks:
-            """Let Lookup wait until Outcome comes."""
-
-        from benchfs_fuse.model import Entry
-        from benchfs_fuse.rpc.messages import EntryReply, Lookup
-
         released = trio.Event()
 
         async def lookup(request: Request, call: Call) -> Body:
@@ -371,11 +392,12 @@ async def test_waiting_requests_of_daemons_leave_room_for_those_that_end_the_wai
 
         del cluster.daemons[1].server._handlers_now[Outcome]
         cluster.daemons[1].server.register({Lookup: lookup, Outcome: outcome})
-        async with trio.open_nursery() as nursery:
-            for _ in range(500):
-                nursery.start_soon(peers.call, 1, Lookup(1, b"x"), EntryReply)
-            await wait_all_tasks_blocked()
-            await peers.call(1, Outcome(TxId(0, 1, 1)), OutcomeReply)
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                for _ in range(500):
+                    nursery.start_soon(peers.call, 1, Lookup(1, b"x"), EntryReply)
+                await wait_all_tasks_blocked()
+                await peers.call(1, Outcome(TxId(0, 1, 1)), OutcomeReply)
 
 
 # ── payloads ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -430,13 +452,19 @@ async def test_a_delayed_write_of_an_old_connection_never_lands_after_its_retry(
         assert await read(links.to(0), 300) == new
 
 
-async def test_a_cancelled_read_closes_its_connection_so_that_nothing_arrives_late() -> None:
+@pytest.mark.parametrize("turns", range(1, 12))
+async def test_a_cancelled_read_closes_its_connection_so_that_nothing_arrives_late(turns: int) -> None:
     async with open_chunk_cluster() as (_, links, _):
         await links.to(0).call(WriteChunk(5, 0, 0), WriteChunkReply, b"x" * 100)
         room = bytearray(100)
-        with trio.move_on_after(0) as scope:
-            await links.to(0).call(ReadChunk(5, 0, 0, 100), ReadChunkReply, into=memoryview(room))
-        assert scope.cancelled_caught
-        assert await read(links.to(0), 100) == b"x" * 100
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                request = ReadChunk(5, 0, 0, 100)
+                nursery.start_soon(lambda: links.to(0).call(request, ReadChunkReply, into=memoryview(room)))
+                for _ in range(turns):
+                    await trio.lowlevel.checkpoint()
+                scope.cancel()
+        at_cancel = bytes(room)
         await wait_all_tasks_blocked()
-        assert room == bytes(100)
+        assert room == at_cancel
+        assert await read(links.to(0), 100) == b"x" * 100

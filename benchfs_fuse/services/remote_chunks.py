@@ -29,7 +29,8 @@ class RemoteChunkStore:
     """Implement ChunkStore over the links, for files whose rows are ``width`` chunks wide.
 
     Daemons alone may trim and drop; a mount that tries is answered NotPermitted. Errors of the links (Stale,
-    DaemonUnreachable) come out too.
+    DaemonUnreachable) come out too. What was sent again after a reconnection may have been done before: then the growth
+    or the freed bytes that it returns are too low.
     """
 
     def __init__(self, links: Links, width: int) -> None:

@@ -66,8 +66,8 @@ RETURN_S = 5.0
 #: stopped): what the clients sent meanwhile is not read yet, so that they get another lease.
 STALL_S = 1.0
 
-#: Tell metadata that a session has ended: its open handles, and whether it ended with Goodbye. They are no longer
-#: counted by then. Returns when all that follows is done or stored.
+#: Tell metadata that a session has ended: its open handles, and whether it ended with Goodbye. The callee removes them
+#: (Opens.remove) and returns when all that follows is done or stored; what is left of them is removed then.
 SessionEnded = Callable[[ClientId, Sequence[OpenCount], bool], Awaitable[None]]
 
 
@@ -285,11 +285,11 @@ class SessionTable:
                 await each(expel, self._others)
         opens = [OpenCount(ino, readers, writers) for ino, (readers, writers) in session.opens.items()]
         opens += [OpenCount(ino, 0, 1) for ino in written if ino not in session.opens]
-        for count in opens:
-            self._set(session, count.ino, 0, 0)
         self._unreclaimed.discard(client_id)
         self._check_grace()
         await self._session_ended(client_id, opens, session.clean)
+        for ino in list(session.opens):
+            self._set(session, ino, 0, 0)
         gone = [disk.key(disk.SESSION, client_id), *(disk.key2(disk.WRITE_OPEN, client_id, ino) for ino in written)]
         start = disk.key(disk.OUTCOME, client_id)
         gone += [key for key, _ in self._store.scan(start, disk.after(start))]

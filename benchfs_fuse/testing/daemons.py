@@ -210,15 +210,16 @@ class MemoryCluster:
         self,
         *,
         kind: str = "mount",
+        daemon_id: int = -1,
         op_timeout_s: float = float("inf"),
         opens: Callable[[], Sequence[OpenCount]] = tuple,
         on_lost: Callable[[Sequence[int]], None] = lambda lost: None,
         pid: int = 1,
         boot_id: str = ELSEWHERE,
     ) -> tuple[Links, MemoryNode]:
-        """Make a client and its node; the caller runs the links."""
+        """Make a client and its node; the caller runs the links. A ``daemon_id`` goes with kind ``daemon``."""
         client_id = ClientId(self.random.getrandbits(63))
-        node = self.network.node(peer_of(client_id, pid=pid, boot_id=boot_id))
+        node = self.network.node(peer_of(client_id, daemon_id, pid=pid, boot_id=boot_id))
         links = Links(
             node,
             self.directory,
