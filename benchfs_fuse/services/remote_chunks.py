@@ -79,7 +79,8 @@ class RemoteChunkStore:
 
         async def one(daemon_id: int) -> None:
             nonlocal freed
-            freed += (await self._links.to(daemon_id).call(DropChunks(tuple(inos)), DropChunksReply)).freed
+            reply = await self._links.to(daemon_id).call(DropChunks(tuple(inos)), DropChunksReply)
+            freed += reply.freed  # in one step: the others count meanwhile
 
         await each(one, self._links.daemons)
         return freed
