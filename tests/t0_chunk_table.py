@@ -1,10 +1,14 @@
 """Check the chunk table: the records' arithmetic against sets of bytes, their encoding, and the list of garbage."""
 
+from collections.abc import Iterator
+from typing import ClassVar
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchfs_fuse.chunks.table import GRANULE_MIN, GRANULES_MAX, ChunkTable, Record, decode, encode
+from benchfs_fuse.disk import GARBAGE, key
 from benchfs_fuse.errors import StorageError
 from benchfs_fuse.kv.memory import MemoryStore
 from benchfs_fuse.limits import CHUNK_SIZE_DEFAULT, CHUNK_SIZE_MAX, MIB
@@ -110,6 +114,24 @@ def test_pages_of_a_file_hold_its_chunks_alone() -> None:
     assert table.page(2, 3, 100) == [(3, Record(23)), (4, Record(24))]
     assert table.page(2, 1, 2) == [(1, Record(21)), (2, Record(22))]
     assert table.page(2, 5, 100) == []
+
+
+def test_garbage_that_is_gone_is_not_scanned_again() -> None:
+    """Deleted keys stay in RocksDB for a while, and a scan over them takes its time."""
+
+    class Recording(MemoryStore):
+        starts: ClassVar[list[bytes]] = []
+
+        def scan(self, start: bytes, stop: bytes) -> Iterator[tuple[bytes, bytes]]:
+            self.starts.append(start)
+            return super().scan(start, stop)
+
+    store = Recording()
+    table = ChunkTable(store)
+    table.bury(1, [(index, Record(index)) for index in range(3)])
+    table.forget(table.garbage(2))
+    table.garbage(2)
+    assert store.starts[-1] == key(GARBAGE, 2)
 
 
 def test_garbage_is_kept_in_order_and_over_a_restart() -> None:

@@ -40,10 +40,9 @@ class SteeredRing(Ring):
         if self.write_error is not None:
             await super().write(fd, memoryview(data)[: len(data) // 2], offset)
             raise self.write_error
-        hold = self.hold
+        if self.hold is not None:
+            await self.hold.wait()
         await super().write(fd, data, offset)
-        if hold is not None:
-            await hold.wait()
 
     async def fsync(self, fd: int, *, data_only: bool) -> None:
         name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
@@ -57,6 +56,7 @@ class SteeredRing(Ring):
 async def opened(
     directory: Path, kv: KeyValueStore | None = None, *, plain: bool = False, reserve: int | None = None
 ) -> AsyncIterator[tuple[DiskChunkStore, SteeredRing]]:
+    open_before = len(os.listdir("/proc/self/fd"))
     ring = SteeredRing()
     async with trio.open_nursery() as nursery:
         store = DiskChunkStore(
@@ -66,6 +66,7 @@ async def opened(
         nursery.cancel_scope.cancel()
     await store.aclose()
     await ring.aclose()
+    assert len(os.listdir("/proc/self/fd")) == open_before
 
 
 def files(directory: Path) -> list[Path]:
@@ -351,7 +352,9 @@ async def test_removal_that_fails_is_tried_again_with_the_next_drop(
         with monkeypatch.context() as patch:
             patch.setattr(os, "unlink", refuse)
             await store.drop([77])
-            await trio.testing.wait_all_tasks_blocked(0.05)
+            with trio.fail_after(10):
+                while not caplog.records:
+                    await trio.testing.wait_all_tasks_blocked(0.001)
         assert "cannot remove dropped chunk files" in caplog.text
         assert len(files(tmp_path)) == 1
         await store.write(CHUNK, 0, b"x")
@@ -364,9 +367,9 @@ async def test_removal_that_fails_is_tried_again_with_the_next_drop(
 
 
 async def test_a_trim_waits_for_writes_and_holds_new_ones_back(tmp_path: Path) -> None:
-    async with opened(tmp_path) as (store, ring), trio.open_nursery() as nursery:
+    async with opened(tmp_path) as (store, ring):
         await store.write(CHUNK, 0, b"old" * 5000)
-        ring.hold = trio.Event()
+        hold = ring.hold = trio.Event()
         order: list[str] = []
 
         async def note(name: str, chunk: ChunkId, offset: int, data: bytes) -> None:
@@ -376,39 +379,39 @@ async def test_a_trim_waits_for_writes_and_holds_new_ones_back(tmp_path: Path) -
         async def cut() -> None:
             trimmed = await store.trim(77, 3, 10)
             order.append("trim")
-            assert trimmed == (BLOCK * 3, BLOCK)
+            assert trimmed == (BLOCK * 3, 2 * BLOCK)
 
-        nursery.start_soon(note, "before", CHUNK, 15_000, b"before" * 10)
-        await trio.testing.wait_all_tasks_blocked()
-        nursery.start_soon(cut)
-        await trio.testing.wait_all_tasks_blocked()
-        nursery.start_soon(note, "after", CHUNK, 20, b"after")
-        await trio.testing.wait_all_tasks_blocked()
-        hold, ring.hold = ring.hold, None
-        await note("another chunk", ChunkId(77, 1), 0, b"")
-        await note("another file", ChunkId(78, 3), 0, b"x")
-        assert order == ["another chunk", "another file"]
-        assert (await content(store))[15_000:] == b""
-        hold.set()
-        await trio.testing.wait_all_tasks_blocked()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(note, "before", CHUNK, 15_000, b"before" * 10)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(cut)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(note, "after", CHUNK, 20, b"after")
+            await trio.testing.wait_all_tasks_blocked()
+            ring.hold = None
+            await note("another chunk", ChunkId(77, 1), 0, b"x")
+            await note("another file", ChunkId(78, 3), 0, b"x")
+            assert order == ["another chunk", "another file"]
+            assert len(await content(store)) == 15_000
+            hold.set()
         assert order[2:] == ["before", "trim", "after"]
         assert await content(store) == b"oldoldoldo" + bytes(10) + b"after"
 
 
 async def test_a_drop_during_a_write_leaves_nothing(tmp_path: Path) -> None:
     kv = MemoryStore()
-    async with opened(tmp_path, kv) as (store, ring), trio.open_nursery() as nursery:
+    async with opened(tmp_path, kv) as (store, ring):
         ring.hold = trio.Event()
         grown: list[int] = []
 
         async def write() -> None:
             grown.append(await store.write(CHUNK, 0, b"x" * BLOCK))
 
-        nursery.start_soon(write)
-        await trio.testing.wait_all_tasks_blocked()
-        assert await store.drop([77]) == 0
-        ring.hold.set()
-        await trio.testing.wait_all_tasks_blocked()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            await trio.testing.wait_all_tasks_blocked()
+            assert await store.drop([77]) == 0
+            ring.hold.set()
         assert grown == [0]
         assert await content(store) == b""
         await removed(kv)
@@ -416,7 +419,7 @@ async def test_a_drop_during_a_write_leaves_nothing(tmp_path: Path) -> None:
 
 
 async def test_a_trim_that_waits_while_its_chunk_is_dropped_frees_nothing(tmp_path: Path) -> None:
-    async with opened(tmp_path) as (store, ring), trio.open_nursery() as nursery:
+    async with opened(tmp_path) as (store, ring):
         await store.write(CHUNK, 0, b"x" * 2 * BLOCK)
         ring.hold = trio.Event()
         freed: list[int] = []
@@ -424,13 +427,14 @@ async def test_a_trim_that_waits_while_its_chunk_is_dropped_frees_nothing(tmp_pa
         async def cut() -> None:
             freed.append((await store.trim(77, 3, 10)).freed)
 
-        nursery.start_soon(store.write, CHUNK, 0, b"y")
-        await trio.testing.wait_all_tasks_blocked()
-        nursery.start_soon(cut)
-        await trio.testing.wait_all_tasks_blocked()
-        assert await store.drop([77]) == 2 * BLOCK
-        ring.hold.set()
-    assert freed == [0]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store.write, CHUNK, 0, b"y")
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(cut)
+            await trio.testing.wait_all_tasks_blocked()
+            assert await store.drop([77]) == 2 * BLOCK
+            ring.hold.set()
+        assert freed == [0]
 
 
 # Failing writes.
@@ -562,7 +566,6 @@ async def test_a_second_sync_does_not_overtake_the_first(tmp_path: Path) -> None
 
 
 async def test_open_files_are_bounded(tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
     async with opened(tmp_path) as (store, _):
         for index in range(FILES_OPEN_MAX + 50):
             await store.write(ChunkId(77, index), 0, b"%d" % index)
@@ -572,19 +575,18 @@ async def test_open_files_are_bounded(tmp_path: Path) -> None:
         assert store.statistics().files_open == FILES_OPEN_MAX
         await store.drop([77])
         assert store.statistics().files_open == 0
-    assert len(os.listdir("/proc/self/fd")) == before
 
 
 async def test_a_file_in_use_is_not_closed(tmp_path: Path) -> None:
-    async with opened(tmp_path) as (store, ring), trio.open_nursery() as nursery:
-        ring.hold = trio.Event()
-        nursery.start_soon(store.write, CHUNK, 0, b"slow")
-        await trio.testing.wait_all_tasks_blocked()
-        hold, ring.hold = ring.hold, None
-        for index in range(FILES_OPEN_MAX + 50):
-            await store.write(ChunkId(78, index), 0, b"x")
-        hold.set()
-        await trio.testing.wait_all_tasks_blocked()
+    async with opened(tmp_path) as (store, ring):
+        hold = ring.hold = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store.write, CHUNK, 0, b"slow")
+            await trio.testing.wait_all_tasks_blocked()
+            ring.hold = None
+            for index in range(FILES_OPEN_MAX + 50):
+                await store.write(ChunkId(78, index), 0, b"x")
+            hold.set()
         assert await content(store) == b"slow"
 
 

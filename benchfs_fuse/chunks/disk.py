@@ -10,7 +10,7 @@ Order of events, so that ``kill -9`` at any point leaves the table right:
 
     making    record (length 0), file
     writing   data, record if it changes, acknowledgement. A longer file than its record says holds the bytes of a write
-              that nobody acknowledged: they are cut off when the file is next opened, or when a failed write ends.
+              that nobody acknowledged: they are cut off when the file is next opened, or used after a failed write.
     trimming  record, file: a crash between leaves a file that is too long, see above
     dropping  record becomes garbage in one transaction; later, in the background: store synced, files unlinked in a
               thread, garbage forgotten
@@ -242,12 +242,8 @@ class DiskChunkStore:
             raise
         finally:
             file.writers -= 1
-            if not file.writers:
-                if file.torn and not file.gone:
-                    with suppress(FsError):
-                        self._cut(file)
-                if file.idle is not None:
-                    file.idle.set()
+            if not file.writers and file.idle is not None:
+                file.idle.set()
             self._release(file)
 
     async def trim(self, ino: int, index: int, offset: int) -> Trimmed:
@@ -376,7 +372,7 @@ class DiskChunkStore:
 
     def _cut(self, file: _File) -> None:
         """Make a file as long as its record in the table says. If that fails, ``_lookup`` tries again."""
-        file.torn = True
+        file.torn = True  # until it has succeeded
         record = self._table.get(file.chunk)
         if record is None:
             return
