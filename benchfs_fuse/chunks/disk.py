@@ -57,7 +57,7 @@ SYNC_TRACKED_MAX = 4096
 SYNC_CHUNKS_MAX = 4096
 #: Chunk files of one ``sync`` that are at the disk at once.
 SYNC_TASKS_MAX = 16
-#: Space that data never takes, so that the metadata store can always write, removals above all: four memtables.
+#: Space that data never takes, so that the metadata store can always write, removals above all: eight memtables.
 RESERVE_MAX = 64 * MIB
 #: On a small file system the reserve is this part of it.
 RESERVE_PART = 32

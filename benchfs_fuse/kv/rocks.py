@@ -7,7 +7,8 @@ pages reach the disk in any order. Each transaction is one ``write(2)`` to the l
 Measured (2 virtual cores, ext4, values of 100 bytes): a transaction of six puts 10 µs, of one put 3 µs; ``get`` 1.1 µs
 from the memtable, 1.6 µs from a table file, 0.5 to 0.8 µs where there is no such key; a scan that finds nothing 6 µs,
 ten rows 12 µs, long ones 0.8 µs per row; ``sync`` 140 to 200 µs, of which the event loop sees nothing: rocksdict lets
-go of the GIL meanwhile. A sync with nothing new costs nothing. Opening takes 8 ms.
+go of the GIL meanwhile. A sync with nothing new costs nothing. Opening takes 8 ms. Memory is bounded: five rounds of
+writing and deleting 600,000 keys left the process between 70 and 80 MiB. Idle, it used 0.05 ms of CPU in five seconds.
 
 When the disk is full, writes raise NoSpace and reads go on. RocksDB looks every five seconds whether there is room
 again, so that the first write afterwards may be refused for that long; the chunk store keeps a reserve of space free,
@@ -26,11 +27,11 @@ from ..errors import BY_DISK_ERRNO, FsError, StorageError, UserError
 from ..limits import MIB
 
 #: One memtable. Small enough that replaying the log at start takes a moment, large enough that flushes are rare.
-MEMTABLE_SIZE = 16 * MIB
+MEMTABLE_SIZE = 8 * MIB
 #: Memtables in memory: one that is written, two that wait for their flush. More only hide a disk that is too slow.
 MEMTABLES_MAX = 3
 #: Blocks, indexes and filters of table files, all in this cache: the store's memory is bounded by it and the memtables.
-BLOCK_CACHE_SIZE = 32 * MIB
+BLOCK_CACHE_SIZE = 16 * MIB
 #: Bits of the Bloom filter per key: one false positive in a hundred; lookups of names that do not exist are common.
 BLOOM_BITS = 10
 #: Table files kept open; enough for some 16 GB of metadata.
