@@ -55,6 +55,7 @@ from ..limits import FILE_SIZE_MAX
 from ..model import Attrs, ChunkId
 from ..rpc.client import Links
 from ..rpc.messages import (
+    TIME_NOW,
     TIME_OMIT,
     Append,
     AppendReply,
@@ -67,7 +68,7 @@ from ..rpc.messages import (
 )
 from .known import Known
 from .namespace import Namespace
-from .parallel import all_of
+from .parallel import all_of, background
 from .remote_chunks import RemoteChunkStore
 from .write_behind import RUN_MAX, Budget, WriteBehind, accepted_bytes
 
@@ -172,7 +173,6 @@ class Files:
         gather_bytes_max: int,
         gather_time_s: float,
         atime: bool,
-        on_dropped: Callable[[int], None],
     ) -> None:
         self.namespace = namespace
         self.known = Known()
@@ -181,7 +181,8 @@ class Files:
         self._gather = gather_bytes_max > 0
         self._gather_time_s = gather_time_s
         self._atime = atime
-        self._on_dropped = on_dropped
+        #: Called with the inode of gathered bytes that could not be written.
+        self.on_dropped: Callable[[int], None] = lambda ino: None
         share = gather_bytes_max // len(self._links.daemons)
         self._budgets = {daemon_id: Budget(share) for daemon_id in self._links.daemons}
         self._stores: dict[int, RemoteChunkStore] = {}
@@ -248,9 +249,11 @@ class Files:
         attrs = await self.namespace.open(ino, writer)
         self._count_open(ino, writer)
         handle = self._add_handle(self.known.see(attrs), flags, uid)
-        if flags & os.O_TRUNC and writer:
+        if flags & os.O_TRUNC:  # also of a reader, as open(2) does on Linux
             try:
-                await self.setattr(ino, size=0, mode=_without_privileges(attrs.mode) if uid else None)
+                await self.setattr(
+                    ino, size=0, mode=_without_privileges(attrs.mode) if uid else None, mtime_ns=TIME_NOW
+                )
             except BaseException:
                 with trio.CancelScope(shield=True):
                     await self.release(handle)
@@ -301,7 +304,7 @@ class Files:
         node.doubtful = True
         for handle in node.handles:
             handle.error = error
-        self._on_dropped(node.ino)
+        self.on_dropped(node.ino)
 
     async def flush(self, handle: Handle) -> None:
         """Do what close(2) promises: everything accepted is with the daemons, or its error is raised."""
@@ -439,9 +442,12 @@ class Files:
         self._note_dirty(node)
 
     async def drop_privileges(self, handle: Handle) -> None:
-        """Clear the set-ID bits as a write must, where the kernel does not; root's writes keep them."""
+        """Clear the set-ID bits as a write must, where the kernel does not.
+
+        Whose write it is, nobody tells us: root's, which keeps the bits on other file systems, takes them too.
+        """
         mode = handle.node.attrs.mode
-        if handle.uid and _without_privileges(mode) is not None:
+        if _without_privileges(mode) is not None:
             await self.setattr(handle.ino, mode=_without_privileges(mode))
 
     async def fsync(self, handle: Handle) -> None:
@@ -539,12 +545,12 @@ class Files:
         if node.handles:
             self._note_dirty(node)
 
-    async def drain(self, on_progress: Callable[[FilesStatistics], None] = lambda left: None) -> None:
-        """Flush every file; errors stay with the handles. ``on_progress`` is told what is left after each file."""
+    async def drain(self, on_progress: Callable[[], None] = lambda: None) -> None:
+        """Flush every file; errors stay with the handles. ``on_progress`` is called after each file."""
 
         async def one(node: _Node) -> None:
             await self._flush_behind(node)
-            on_progress(self.statistics())
+            on_progress()
 
         await all_of(one, [node for node in self._nodes.values() if node.dirty])
 
@@ -594,27 +600,21 @@ async def open_files(
     gather_bytes_max: int,
     gather_time_s: float,
     atime: bool = True,
-    on_dropped: Callable[[int], None] = lambda ino: None,
 ) -> AsyncIterator[Files]:
     """Run the files of a mount. Ends at once: whoever wants everything flushed drains before.
 
     ``gather_bytes_max`` bounds the accepted bytes of all files, shared out evenly over the daemons; 0 gathers nothing.
-    ``on_dropped`` is told the inode of gathered bytes that could not be written.
     """
-    async with trio.open_nursery() as nursery:
+    async with background() as nursery:
         files = Files(
             namespace,
             nursery,
             gather_bytes_max=gather_bytes_max,
             gather_time_s=gather_time_s,
             atime=atime,
-            on_dropped=on_dropped,
         )
         nursery.start_soon(files.run)
-        try:
-            yield files
-        finally:
-            nursery.cancel_scope.cancel()
+        yield files
 
 
 async def _acquire(lock: trio.Lock) -> None:

@@ -47,6 +47,8 @@ class Known:
             if not own or attrs.version != fact.attrs.version + 1:
                 fact.epoch = next(self._epochs)
             fact.attrs = attrs
+        elif attrs.version == fact.attrs.version and attrs.atime_ns > fact.attrs.atime_ns:
+            fact.attrs = attrs  # a read sets the access time and leaves the version
         self._facts[attrs.ino] = fact
         return fact.attrs
 

@@ -1,6 +1,7 @@
 """Do the same for several things at once, with errors that come out by themselves and not in groups."""
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import trio
@@ -54,3 +55,17 @@ async def all_of(function: Callable[[T], Awaitable[None]], items: Iterable[T]) -
             nursery.start_soon(one, item)
     if first is not None:
         raise first
+
+
+@asynccontextmanager
+async def background() -> AsyncIterator[trio.Nursery]:
+    """Run tasks beside a block and cancel them at its end. What the block raises comes out by itself."""
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        try:
+            yield nursery
+        except Exception as error:  # noqa: BLE001  raised below, where no nursery wraps it into a group
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure

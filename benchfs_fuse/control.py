@@ -1,0 +1,201 @@
+"""Talk to a running mount process beside the file system: a Unix socket in the runtime directory, JSON lines.
+
+The process that mounts leaves a ``MountRecord`` in the runtime directory, which names its process and its socket. A
+client sends one line, a ``Question``; the process answers with lines, each a ``Report``, the last with ``done`` set.
+
+    status   one report: what is open, what is under way, how the daemons are reached
+    left     one report, at once: what is open and not flushed
+    left     one report, without asking anybody: what is under way
+    drain    flush everything; a report after every file
+    layout   one report: where the chunks of inode ``ino`` lie
+"""
+
+import contextlib
+import hashlib
+import os
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import trio
+
+from .errors import UserError
+from .processes import ProcessId
+from .runtime import file_for, runtime_dir
+
+#: Longest line that is read: a question is short; a report grows with the daemons of a cluster.
+_LINE_MAX = 4 << 20
+#: Chunks listed of one file: enough for 16 GiB in chunks of the default size.
+CHUNKS_MAX = 4096
+#: Clients that wait to be accepted: people and their scripts.
+_BACKLOG = 8
+
+
+class MountRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Say who serves a mount point, and since when (seconds since the epoch)."""
+
+    mountpoint: str
+    registry: str
+    cluster_id: str
+    process: ProcessId
+    socket: str
+    since_s: float
+
+
+class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Ask a mount process for something."""
+
+    command: Literal["status", "left", "drain", "layout"]
+    ino: int = 0
+
+
+class DaemonReport(msgspec.Struct, frozen=True):
+    """Describe the way to one daemon, and what it says of itself (None if it does not answer)."""
+
+    daemon_id: int
+    connected: bool
+    missing_since_s: float
+    trouble: str
+    address: str
+    transport: str
+    in_flight: int
+    status: dict[str, object] | None = None
+
+
+class ChunkReport(msgspec.Struct, frozen=True):
+    """Say where one chunk lies: its place in the file, how much of the file's size falls into it, its daemon."""
+
+    index: int
+    offset: int
+    length: int
+    daemon: int
+
+
+class LayoutReport(msgspec.Struct, frozen=True):
+    """Say how a file is laid out. ``chunks``: the first ``CHUNKS_MAX``; ``count``: how many its size makes."""
+
+    ino: int
+    daemon: int
+    size: int
+    allocated: int
+    chunk_size: int
+    width: int
+    count: int
+    chunks: tuple[ChunkReport, ...]
+
+
+class Report(msgspec.Struct, frozen=True):
+    """Tell how a mount is. ``not_tuned``: what could not be set in the kernel, and what that costs."""
+
+    done: bool
+    handles: int
+    files: int
+    dirty_files: int
+    accepted_bytes: int
+    version: str = ""
+    expelled: str = ""
+    not_tuned: tuple[str, ...] = ()
+    daemons: tuple[DaemonReport, ...] = ()
+    layout: LayoutReport | None = None
+    #: Why the question could not be answered, for people.
+    trouble: str = ""
+
+
+#: Answer a question by sending reports, the last one with ``done`` set.
+Answer = Callable[[Question, Callable[[Report], Awaitable[None]]], Awaitable[None]]
+
+_encode = msgspec.json.Encoder().encode
+
+
+def record_file(mountpoint: Path) -> Path:
+    """Return where the record of a mount point lies (absolute, without symbolic links)."""
+    return file_for(mountpoint, ".mount.json")
+
+
+def socket_file(mountpoint: Path) -> Path:
+    """Return where the socket lies. Its name is a hash: a socket's path has 107 bytes at most (unix(7))."""
+    return runtime_dir() / (hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16] + ".sock")
+
+
+def write_record(record: MountRecord) -> None:
+    """Leave a record, whole or not at all."""
+    path = record_file(Path(record.mountpoint))
+    new = path.with_suffix(".new")
+    new.write_bytes(_encode(record))
+    new.rename(path)
+
+
+def read_record(mountpoint: Path) -> MountRecord | None:
+    """Return the record of a mount point, None if there is none that can be read."""
+    try:
+        return msgspec.json.decode(record_file(mountpoint).read_bytes(), type=MountRecord)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+
+
+def remove_record(mountpoint: Path) -> None:
+    """Take the record and the socket away."""
+    record_file(mountpoint).unlink(missing_ok=True)
+    socket_file(mountpoint).unlink(missing_ok=True)
+
+
+def ask(record: MountRecord, question: Question, timeout_s: float) -> Iterator[Report]:
+    """Ask a mount process; yield its reports. For synchronous programs.
+
+    ``timeout_s`` bounds the wait for each report. UserError when the process does not answer.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(timeout_s)
+        try:
+            connection.connect(record.socket)
+            connection.sendall(_encode(question) + b"\n")
+            with connection.makefile("rb") as lines:
+                while line := lines.readline(_LINE_MAX):
+                    report = msgspec.json.decode(line, type=Report)
+                    yield report
+                    if report.done:
+                        return
+        except TimeoutError:
+            raise UserError(
+                f"the process {record.process.pid} behind {record.mountpoint} did not answer in {timeout_s:g} s"
+            ) from None
+        except (OSError, msgspec.DecodeError) as error:
+            raise UserError(
+                f"cannot ask the process {record.process.pid} behind {record.mountpoint}: {error}"
+            ) from None
+    raise UserError(f"the process {record.process.pid} behind {record.mountpoint} broke off its answer")
+
+
+async def serve(
+    path: Path,
+    answer: Answer,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Answer questions on a socket until cancelled. What is left of an earlier process at ``path`` is replaced."""
+    await trio.Path(path).unlink(missing_ok=True)
+    with trio.socket.socket(trio.socket.AF_UNIX) as listening:
+        await listening.bind(str(path))
+        listening.listen(_BACKLOG)
+        task_status.started()
+        async with trio.open_nursery() as nursery:
+            while True:
+                connection, _ = await listening.accept()
+                nursery.start_soon(_answer_one, trio.SocketStream(connection), answer)
+
+
+async def _answer_one(stream: trio.SocketStream, answer: Answer) -> None:
+    async with stream:
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            line = b""
+            while not line.endswith(b"\n"):
+                if len(line) > _LINE_MAX or not (more := await stream.receive_some()):
+                    return
+                line += more
+            try:
+                question = msgspec.json.decode(line, type=Question)
+            except msgspec.DecodeError:
+                return
+            await answer(question, lambda report: stream.send_all(_encode(report) + b"\n"))

@@ -1,0 +1,353 @@
+"""Mount a cluster: one process, one mount point, from the first look at the directory to the last byte flushed.
+
+The process stays in the foreground; whoever wants it in the background starts it with ``--ready-fd`` and waits for the
+line that says that the mount answers. It ends when the file system is unmounted, or by SIGTERM or SIGINT: then it
+flushes what it holds, unmounts and leaves; a second signal makes it leave at once, and it says what was lost.
+"""
+
+import argparse
+import contextlib
+import functools
+import logging
+import os
+import signal
+import stat
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import trio
+
+from . import __version__, config, control, fuse, kernel_mounts
+from .client import Session, open_session
+from .errors import FsError, UserError
+from .processes import identify
+from .rpc.messages import StatusReply
+from .services.parallel import each
+
+log = logging.getLogger(__name__)
+
+#: Asynchronous requests that the kernel keeps under way, and from how many on it holds back readahead. Its default of
+#: 12 starves a slow server: 225 instead of 1,150 reads per second were measured.
+MAX_BACKGROUND = 256
+CONGESTION_THRESHOLD = 192
+#: Readahead in KiB: the longest request. The default makes requests of 128 KiB.
+READ_AHEAD_KB = 1024
+#: Seconds that a daemon has to answer when somebody wants to know how it is.
+STATUS_TIMEOUT_S = 2.0
+
+
+class MountOptions(NamedTuple):
+    """Say what to mount where. ``fuse_options`` go to libfuse as they are (``ro``, ``nodev``, …)."""
+
+    mountpoint: Path
+    registry: Path
+    settings: config.Settings
+    fuse_options: tuple[str, ...] = ()
+    #: A line is written here when the mount answers.
+    ready_fd: int | None = None
+
+
+def prepare_mountpoint(mountpoint: Path, registry: Path) -> Path:
+    """Check a mount point, clean up what a dead mount left there, return its plain path. UserError if it won't do."""
+    path = kernel_mounts.plain_path(mountpoint)
+    mounted = kernel_mounts.find(path)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: make the directory first") from None
+    except OSError as error:
+        if not kernel_mounts.is_benchfs(mounted):
+            raise UserError(f"cannot use {path}: {error.strerror}") from None
+        log.warning("%s was left broken by a dead mount (%s): cleaning up", path, error.strerror)
+        _detach(path)
+        return prepare_mountpoint(mountpoint, registry)
+    if kernel_mounts.is_benchfs(mounted):
+        raise UserError(f"{path} is mounted already; unmount it first: benchfs umount {path}")
+    if not stat.S_ISDIR(mode):
+        raise UserError(f"{path} is not a directory")
+    path = path.resolve()
+    if registry.resolve().is_relative_to(path):
+        raise UserError(f"the registry {registry} lies inside the mount point {path}, where it would be hidden")
+    return path
+
+
+def _detach(path: Path) -> None:
+    try:
+        kernel_mounts.detach(path)
+    except OSError as error:
+        raise UserError(f"cannot clean up the broken mount at {path}: {error.strerror}") from None
+
+
+def tune_kernel(mountpoint: Path) -> list[str]:
+    """Set what makes the kernel ask for more at once; return sentences on what could not be set, and what it costs."""
+    mounted = kernel_mounts.find(mountpoint)
+    assert mounted is not None, "just mounted"
+    connection = Path(f"/sys/fs/fuse/connections/{mounted.minor}")
+    wanted = (
+        (connection / "max_background", MAX_BACKGROUND, "at most 12 asynchronous reads are under way at once"),
+        (connection / "congestion_threshold", CONGESTION_THRESHOLD, "readahead stops at 9 requests under way"),
+        (Path(f"/sys/class/bdi/0:{mounted.minor}/read_ahead_kb"), READ_AHEAD_KB, "sequential reads come as 128 KiB"),
+    )
+    complaints = []
+    for path, value, cost in wanted:
+        try:
+            path.write_text(str(value))
+        except OSError as error:
+            complaints.append(f"{path} stays as it is ({error.strerror}): {cost}")
+    return complaints
+
+
+class Mount:
+    """Serve one mount point (a plain path)."""
+
+    def __init__(self, options: MountOptions, mountpoint: Path) -> None:
+        self._options = options
+        self._mountpoint = mountpoint
+        self._not_tuned: tuple[str, ...] = ()
+
+    async def run(self) -> None:
+        """Mount and serve until unmounted or signalled. UserError, alone or in a group, when that does not work."""
+        settings = self._options.settings.mount
+        async with (
+            open_session(
+                self._options.registry,
+                self._options.settings,
+                kind="mount",
+                label=str(self._mountpoint),
+            ) as session,
+            trio.open_nursery() as nursery,
+        ):
+            operations = fuse.BenchfsOperations(
+                session.namespace,
+                session.files,
+                nursery,
+                cache_timeout_s=settings.attr_timeout_s,
+                xattr=settings.xattr,
+            )
+            session.files.on_dropped = operations.invalidate_data
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                self._mount(operations, session)
+                try:
+                    nursery.start_soon(self._leave_on_signal, signals, session)
+                    nursery.start_soon(self._announce, session)
+                    await fuse.serve()
+                    await session.files.drain()
+                finally:
+                    fuse.unmount()
+                    control.remove_record(self._mountpoint)
+            nursery.cancel_scope.cancel()
+
+    def _mount(self, operations: fuse.BenchfsOperations, session: Session) -> None:
+        settings = self._options.settings.mount
+        options = [
+            f"fsname=benchfs#{session.cluster_id}",
+            "subtype=benchfs",
+            "default_permissions",
+            *(["allow_other"] if settings.allow_other else []),
+            *self._options.fuse_options,
+        ]
+        try:
+            fuse.mount(operations, str(self._mountpoint), options)
+        except RuntimeError as error:
+            raise UserError(
+                f"the kernel did not mount {self._mountpoint} ({error}): is fuse3 installed, is /dev/fuse there, "
+                f"may you mount there? `benchfs doctor` says"
+            ) from None
+
+    async def _leave_on_signal(self, signals: AsyncIterator[int], session: Session) -> None:
+        """At the first signal flush everything, then stop; at the second leave at once."""
+        leaving = False
+        async with trio.open_nursery() as nursery:
+            async for _ in signals:
+                if leaving:
+                    left = session.files.statistics()
+                    log.error("left at once: %d bytes of %d files were not flushed", left.accepted_bytes, left.dirty)
+                    with contextlib.suppress(OSError, UserError):
+                        kernel_mounts.detach(self._mountpoint)
+                    control.remove_record(self._mountpoint)
+                    os._exit(1)
+                leaving = True
+                nursery.start_soon(self._leave, session)
+
+    async def _leave(self, session: Session) -> None:
+        left = session.files.statistics()
+        log.warning("leaving: flushing %d bytes of %d files", left.accepted_bytes, left.dirty)
+        await session.files.drain()
+        fuse.stop()
+
+    async def _announce(self, session: Session) -> None:
+        """Wait until the mount answers, then say so everywhere; answer questions from then on."""
+        await trio.to_thread.run_sync(os.stat, self._mountpoint, abandon_on_cancel=True)
+        self._not_tuned = tuple(tune_kernel(self._mountpoint))
+        for complaint in self._not_tuned:
+            log.warning("%s", complaint)
+        await self._say_if_second(session)
+        path = control.socket_file(self._mountpoint)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(control.serve, path, functools.partial(self._answer, session=session))
+            process = identify(os.getpid())
+            assert process is not None
+            control.write_record(
+                control.MountRecord(
+                    str(self._mountpoint),
+                    str(self._options.registry),
+                    session.cluster_id,
+                    process,
+                    str(path),
+                    time.time(),
+                )
+            )
+            if self._options.ready_fd is not None:
+                os.write(self._options.ready_fd, b"mounted\n")
+                os.close(self._options.ready_fd)
+
+    async def _say_if_second(self, session: Session) -> None:
+        """Say, once and plainly, what does not hold when a cluster is mounted more than once."""
+        try:
+            sessions = (await session.namespace.status(session.links.daemons[0])).sessions
+        except FsError as error:
+            log.warning("cannot tell whether this cluster is mounted elsewhere: %s", error)
+            return
+        others = [other for other in sessions if other.kind == "mount" and other.client_id != session.links.client_id]
+        if others:
+            log.warning(
+                "this cluster is also mounted at %s: locks (flock, fcntl) hold within one mount only",
+                ", ".join(f"{other.label} on {other.host}" for other in others),
+            )
+
+    async def _answer(
+        self, question: control.Question, send: Callable[[control.Report], Awaitable[None]], session: Session
+    ) -> None:
+        """Answer one question of the control socket."""
+        if question.command != "drain":
+            daemons = await self._daemons(session) if question.command == "status" else ()
+            await send(self._report(session, done=True, daemons=daemons))
+            return
+        steps, progress = trio.open_memory_channel[control.Report](1)
+
+        def note() -> None:
+            with contextlib.suppress(trio.WouldBlock):  # whoever reads slowly sees fewer steps
+                steps.send_nowait(self._report(session, done=False))
+
+        async def drain() -> None:
+            async with steps:
+                await session.files.drain(note)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drain)
+            async for report in progress:
+                await send(report)
+        await send(self._report(session, done=True))
+
+    def _report(
+        self, session: Session, *, done: bool, daemons: tuple[control.DaemonReport, ...] = ()
+    ) -> control.Report:
+        counts = session.files.statistics()
+        return control.Report(
+            done,
+            counts.handles,
+            counts.files,
+            counts.dirty,
+            counts.accepted_bytes,
+            __version__,
+            session.links.expelled_why,
+            self._not_tuned,
+            daemons,
+        )
+
+    async def _daemons(self, session: Session) -> tuple[control.DaemonReport, ...]:
+        """Ask every daemon how it is; one that does not answer at once is reported without its own words."""
+        answers: dict[int, StatusReply] = {}
+
+        async def one(daemon_id: int) -> None:
+            with trio.move_on_after(STATUS_TIMEOUT_S), contextlib.suppress(FsError):
+                answers[daemon_id] = await session.namespace.status(daemon_id)
+
+        await each(one, session.links.daemons)
+        return tuple(
+            control.DaemonReport(
+                link.daemon_id,
+                link.connected,
+                link.missing_since_s,
+                link.trouble,
+                link.address,
+                link.transport,
+                link.in_flight,
+                _plain(answers[link.daemon_id]) if link.daemon_id in answers else None,
+            )
+            for link in session.links.statistics()
+        )
+
+
+async def _layout(session: Session, ino: int) -> control.LayoutReport:
+    """Say where the chunks of a file lie."""
+    attrs = await session.files.getattr(ino)
+    shard_map = session.links.shard_map
+    size = attrs.size if attrs.is_file else 0
+    count = -(-size // attrs.chunk_size)
+    chunks = tuple(
+        control.ChunkReport(
+            index,
+            index * attrs.chunk_size,
+            min(attrs.chunk_size, size - index * attrs.chunk_size),
+            shard_map.of_chunk(ino, index, attrs.width),
+        )
+        for index in range(min(count, control.CHUNKS_MAX))
+    )
+    daemon = shard_map.of_ino(ino)
+    return control.LayoutReport(ino, daemon, size, attrs.allocated, attrs.chunk_size, attrs.width, count, chunks)
+
+
+def _plain(status: StatusReply) -> dict[str, object]:
+    """Turn what a daemon says into names and values."""
+    return {
+        **msgspec.structs.asdict(status),
+        "usage": [msgspec.structs.asdict(usage) for usage in status.usage],
+        "sessions": [msgspec.structs.asdict(session) for session in status.sessions],
+    }
+
+
+def run_mount(options: MountOptions) -> int:
+    """Mount, serve, unmount; return the exit code. Errors of users are said in one sentence on stderr."""
+    code = 0
+    try:
+        mountpoint = prepare_mountpoint(options.mountpoint, options.registry)
+        trio.run(Mount(options, mountpoint).run)
+    except* UserError as group:
+        first: BaseException = group
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        assert isinstance(first, UserError)
+        sys.stderr.write(f"benchfs: {first}\n")
+        code = first.exit_code
+    except* KeyboardInterrupt:
+        code = 130
+    return code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line: ``python -m benchfs_fuse.mount MOUNTPOINT --registry-dir DIR``."""
+    parser = argparse.ArgumentParser(prog="benchfs mount --foreground", description=__doc__)
+    parser.add_argument("mountpoint", type=Path)
+    parser.add_argument("--registry-dir", type=Path, required=True, help="the registry directory of the cluster")
+    parser.add_argument("-o", dest="fuse_options", default=[], action="append", metavar="OPTION", help="for the kernel")
+    parser.add_argument("--ready-fd", type=int, help="write a line to this file descriptor when the mount answers")
+    config.add_options(parser, "mount", "ucx")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    try:
+        settings = config.load(vars(given), os.environ)
+    except UserError as error:
+        sys.stderr.write(f"benchfs: {error}\n")
+        return error.exit_code
+    return run_mount(
+        MountOptions(given.mountpoint, given.registry_dir, settings, tuple(given.fuse_options), given.ready_fd)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""Start real clusters for tests: daemons and mounts as processes, everything taken away again whatever happens.
+
+What hangs is freed: a mount that does not leave is aborted through its FUSE connection, then unmounted lazily.
+Only processes started here are ended, each by its pid.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchfs_fuse import kernel_mounts
+from benchfs_fuse.limits import CHUNK_SIZE_DEFAULT
+from benchfs_fuse.registry import init_registry
+
+#: Seconds that a process gets to end by itself before it is killed.
+LEAVE_S = 20.0
+
+
+class Process:
+    """Run one of our modules until it is told to end; its output is in ``log``."""
+
+    def __init__(self, module: str, arguments: Sequence[str], log: Path, environ: dict[str, str] | None = None) -> None:
+        self.log = log
+        reader, writer = os.pipe()
+        with log.open("ab") as output:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments, "--ready-fd", str(writer)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[writer],
+                start_new_session=True,
+                env={**os.environ, **(environ or {})},
+            )
+        os.close(writer)
+        self._ready = reader
+
+    def wait_ready(self) -> None:
+        """Wait until the process says that it serves; an AssertionError carries its last words if it ends before."""
+        with os.fdopen(self._ready, "rb") as ready:
+            said = ready.readline()
+        if not said:
+            self.popen.wait()
+            raise AssertionError(f"ended with code {self.popen.returncode}: {self.log.read_text()}")
+
+    @property
+    def pid(self) -> int:
+        """Return the process id."""
+        return self.popen.pid
+
+    @property
+    def alive(self) -> bool:
+        """Tell whether the process runs."""
+        return self.popen.poll() is None
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        self.popen.send_signal(number)
+
+    def wait(self, timeout_s: float = LEAVE_S) -> int:
+        """Wait for the end; return the exit code."""
+        return self.popen.wait(timeout_s)
+
+    def kill(self) -> None:
+        """End the process as ``kill -9`` does, and wait until it is gone."""
+        self.popen.kill()
+        self.popen.wait()
+
+    def stop(self) -> int | None:
+        """Ask the process to end, kill it if it does not; return its exit code, None if it had to be killed."""
+        if self.alive:
+            self.signal(signal.SIGTERM)
+            try:
+                return self.wait()
+            except subprocess.TimeoutExpired:
+                self.kill()
+                return None
+        return self.popen.returncode
+
+
+class Mount(Process):
+    """Mount a cluster somewhere."""
+
+    def __init__(self, registry: Path, mountpoint: Path, log: Path, arguments: Sequence[str] = ()) -> None:
+        self.mountpoint = mountpoint
+        super().__init__("benchfs_fuse.mount", [str(mountpoint), "--registry-dir", str(registry), *arguments], log)
+
+    def free(self) -> None:
+        """Let everybody go who waits for this mount, and take it away, dead or alive."""
+        for mount in kernel_mounts.mounts():
+            if mount.mountpoint == self.mountpoint and kernel_mounts.is_benchfs(mount):
+                kernel_mounts.abort(mount)
+                with contextlib.suppress(OSError):
+                    kernel_mounts.detach(self.mountpoint)
+        if self.alive:
+            self.kill()
+
+    def stop(self) -> int | None:
+        """Ask the mount to leave; free it if it does not."""
+        code = super().stop()
+        self.free()
+        return code
+
+
+class Cluster:
+    """Be one cluster in ``directory``. A context manager."""
+
+    def __init__(self, directory: Path, daemons: int = 2, *, chunk_size: int = CHUNK_SIZE_DEFAULT) -> None:
+        self.directory = directory
+        self.registry = directory / "registry"
+        self.daemons: list[Process] = []
+        self.mounts: list[Mount] = []
+        self._daemon_count = daemons
+        init_registry(self.registry, daemons, chunk_size)
+
+    def __enter__(self) -> "Cluster":
+        try:
+            self.daemons = [self._spawn_daemon(number) for number in range(self._daemon_count)]
+            for daemon in self.daemons:
+                daemon.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def data_dir(self, number: int) -> Path:
+        """Return where a daemon keeps its data."""
+        return self.directory / f"daemon-{number}"
+
+    def _spawn_daemon(self, number: int) -> Process:
+        self.data_dir(number).mkdir(mode=0o700, exist_ok=True)
+        arguments = ["--registry-dir", str(self.registry), "--data-dir", str(self.data_dir(number))]
+        return Process("benchfs_fuse.daemon", arguments, self.directory / f"daemon-{number}.log")
+
+    def restart_daemon(self, number: int) -> None:
+        """Start a daemon again over its data directory."""
+        assert not self.daemons[number].alive
+        self.daemons[number] = self._spawn_daemon(number)
+        self.daemons[number].wait_ready()
+
+    def mount(self, *arguments: str) -> Mount:
+        """Mount the cluster at a new mount point; return when the mount answers."""
+        mountpoint = Path(tempfile.mkdtemp(prefix="mnt-", dir=self.directory))
+        mount = Mount(self.registry, mountpoint, self.directory / f"{mountpoint.name}.log", arguments)
+        self.mounts.append(mount)
+        mount.wait_ready()
+        return mount
+
+    def close(self) -> None:
+        """Take everything away but the directory."""
+        for process in [*self.mounts, *self.daemons]:
+            with contextlib.suppress(ProcessLookupError):
+                process.stop()
+
+
+@contextlib.contextmanager
+def running_cluster(daemons: int = 2, *, chunk_size: int = CHUNK_SIZE_DEFAULT) -> Iterator[Cluster]:
+    """Run a cluster in a directory of its own, which goes with it."""
+    directory = Path(tempfile.mkdtemp(prefix="benchfs-test-"))
+    try:
+        with Cluster(directory, daemons, chunk_size=chunk_size) as cluster:
+            yield cluster
+    finally:
+        shutil.rmtree(directory)

@@ -1,0 +1,615 @@
+"""The client's side over a whole cluster in one process: names, files, gathering, what two mounts see of each other."""
+
+import errno
+import os
+import random
+import stat
+from collections.abc import Awaitable, Callable
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+from whole import CHUNK, Whole, whole_cluster
+
+from benchfs_fuse.chunks.faulty import Rates
+from benchfs_fuse.errors import (
+    BadHandle,
+    Exists,
+    FileTooLarge,
+    InvalidArgument,
+    IsADirectory,
+    NameTooLong,
+    NoAttribute,
+    NoSpace,
+    NotADirectory,
+    NotEmpty,
+    NotFound,
+    Stale,
+    SymlinkLoop,
+)
+from benchfs_fuse.limits import FILE_SIZE_MAX, MIB, NAME_MAX
+from benchfs_fuse.model import Attrs, DaemonId
+from benchfs_fuse.ports import Ending
+from benchfs_fuse.rpc.messages import (
+    Append,
+    CommitWrite,
+    GetAttr,
+    Lookup,
+    Make,
+    Open,
+    ReadChunk,
+    Release,
+    SetAttr,
+    SyncChunks,
+    SyncMeta,
+    Touch,
+    WriteChunk,
+)
+from benchfs_fuse.services.known import Known
+from benchfs_fuse.services.write_behind import Budget
+
+RW = os.O_RDWR | os.O_CREAT
+
+
+# ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_tree_made_by_one_client_is_seen_by_another() -> None:
+    async with whole_cluster(3) as whole, whole.client() as one, whole.client() as two:
+        await one.fs.mkdir("/a")
+        for number in range(5):
+            await one.fs.mkdir(f"/a/d{number}")
+            async with await one.fs.open(f"/a/d{number}/f", RW, 0o640) as file:
+                await file.write(b"%d" % number, 0)
+        await one.fs.symlink("a/d3", "/link")
+        assert await two.fs.listdir("/") == [b"a", b"link"]
+        assert await two.fs.listdir("/a") == [b"d0", b"d1", b"d2", b"d3", b"d4"]
+        assert await two.fs.readlink("link") == b"a/d3"
+        async with await two.fs.open("/link/f") as file:
+            assert await file.read(10, 0) == b"3"
+        attrs = await two.fs.stat("/a/d4/f")
+        assert (stat.S_IMODE(attrs.mode), attrs.uid, attrs.gid, attrs.size, attrs.nlink) == (0o640, 1000, 1000, 1, 1)
+        assert (await two.fs.stat("/link", follow=False)).mode & stat.S_IFLNK == stat.S_IFLNK
+
+
+async def test_every_entry_of_a_listing_has_attributes_wherever_its_inode_lives() -> None:
+    async with whole_cluster(3) as whole, whole.client() as one:
+        for number in range(20):
+            await one.fs.mkdir(f"/d{number}")
+        entries = [entry async for entry in one.fs.scandir()]
+        assert len(entries) == 20
+        homes = {whole.cluster.shard_map.of_ino(entry.ino) for entry in entries}
+        assert homes == {0, 1, 2}
+        assert all(entry.attrs is not None and entry.attrs.is_dir and entry.attrs.ino == entry.ino for entry in entries)
+
+
+async def test_a_long_listing_comes_in_pages() -> None:
+    async with whole_cluster(1) as whole, whole.client() as one:
+        names = [b"%04d" % number for number in range(1200)]
+        for name in names:
+            await one.fs.mknod(b"/" + name, stat.S_IFREG | 0o600)
+        assert await one.fs.listdir() == names
+
+
+@pytest.mark.parametrize(
+    ("operation", "error"),
+    [
+        (lambda fs: fs.stat("/none"), NotFound),
+        (lambda fs: fs.stat("/f/x"), NotADirectory),
+        (lambda fs: fs.mkdir("/d"), Exists),
+        (lambda fs: fs.rmdir("/d"), NotEmpty),
+        (lambda fs: fs.rmdir("/f"), NotADirectory),
+        (lambda fs: fs.remove("/d"), IsADirectory),
+        (lambda fs: fs.remove("/"), InvalidArgument),
+        (lambda fs: fs.stat("/" + "x" * (NAME_MAX + 1)), NameTooLong),
+        (lambda fs: fs.rename("/d", "/d/e/f"), InvalidArgument),
+        (lambda fs: fs.rename("/f", "/d/e", 1), Exists),
+        (lambda fs: fs.stat("/loop"), SymlinkLoop),
+        (lambda fs: fs.open("/loop", os.O_NOFOLLOW), SymlinkLoop),
+        (lambda fs: fs.open("/d"), IsADirectory),
+        (lambda fs: fs.open("/f", os.O_CREAT | os.O_EXCL), Exists),
+        (lambda fs: fs.open("/none"), NotFound),
+        (lambda fs: fs.readlink("/f"), InvalidArgument),
+        (lambda fs: fs.getxattr("/f", b"user.none"), NoAttribute),
+        (lambda fs: fs.setattr("/d", size=1), IsADirectory),
+        (lambda fs: fs.setattr("/f", size=-1), InvalidArgument),
+    ],
+)
+async def test_what_cannot_be_done_says_why(
+    operation: Callable[[object], Awaitable[object]], error: type[Exception]
+) -> None:
+    async with whole_cluster(2) as whole, whole.client() as one:
+        await one.fs.mkdir("/d")
+        await one.fs.mkdir("/d/e")
+        await one.fs.symlink("loop", "/loop")
+        await (await one.fs.open("/f", RW)).close()
+        with pytest.raises(error):
+            await operation(one.fs)
+
+
+async def test_dots_and_links_in_paths() -> None:
+    async with whole_cluster(2) as whole, whole.client() as one:
+        await one.fs.mkdir("/a")
+        await one.fs.mkdir("/a/b")
+        await one.fs.symlink("/a/./b", "/a/b/up")
+        inner = await one.fs.stat("/a/b")
+        for path in ("a/b", b"/a//b/", "/a/b/.", "/a/b/../b", "/../a/b", "/a/b/up", "/a/b/up/up"):
+            assert (await one.fs.stat(path)).ino == inner.ino
+        assert (await one.fs.stat("/")).ino == 1
+
+
+async def test_exactly_one_of_many_creates_exclusively() -> None:
+    async with whole_cluster(2) as whole, whole.client() as one, whole.client() as two:
+        won: list[int] = []
+
+        async def attempt(number: int) -> None:
+            fs = (one, two)[number % 2].fs
+            try:
+                file = await fs.open("/prize", RW | os.O_EXCL)
+            except Exists:
+                return
+            won.append(number)
+            await file.close()
+
+        async with trio.open_nursery() as nursery:
+            for number in range(10):
+                nursery.start_soon(attempt, number)
+        assert len(won) == 1
+
+
+async def test_extended_attributes() -> None:
+    async with whole_cluster(2) as whole, whole.client() as one, whole.client() as two:
+        await one.fs.mkdir("/d")
+        await one.fs.setxattr("/d", b"user.a", b"1")
+        await one.fs.setxattr("/d", b"user.b", b"", os.XATTR_CREATE)
+        with pytest.raises(Exists):
+            await one.fs.setxattr("/d", b"user.a", b"2", os.XATTR_CREATE)
+        assert sorted(await two.fs.listxattr("/d")) == [b"user.a", b"user.b"]
+        assert await two.fs.getxattr("/d", b"user.a") == b"1"
+        await two.fs.removexattr("/d", b"user.a")
+        with pytest.raises(NoAttribute):
+            await one.fs.removexattr("/d", b"user.a")
+
+
+# ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("gather_bytes_max", [0, 256 * 1024, 8 * MIB])
+@pytest.mark.parametrize("seed", range(3))
+async def test_random_reads_writes_and_truncations_agree_with_a_plain_buffer(gather_bytes_max: int, seed: int) -> None:
+    choose = random.Random(seed)
+    model = bytearray()
+    async with whole_cluster(3, seed) as whole, whole.client(gather_bytes_max=gather_bytes_max) as one:
+        file = await one.fs.open("/f", RW)
+        for _ in range(150):
+            offset = choose.choice([0, choose.randrange(4 * CHUNK), len(model)])
+            length = choose.choice([1, 100, 4096, CHUNK, 2 * CHUNK + 5])
+            match choose.choice("wwwwrrrts"):
+                case "w":
+                    data = choose.randbytes(length)
+                    await file.write(data, offset)
+                    model.extend(bytes(max(0, offset - len(model))))
+                    model[offset : offset + length] = data
+                case "r":
+                    assert await file.read(length, offset) == model[offset : offset + length]
+                case "t":
+                    await file.truncate(offset)
+                    model = model[:offset] + bytes(max(0, offset - len(model)))
+                case "s":
+                    assert (await file.stat()).size == len(model)
+        await file.close()
+        assert one.files.statistics() == (0, 0, 0, 0)
+        async with whole.client() as two, await two.fs.open("/f") as again:
+            assert await again.read(len(model) + 1, 0) == model
+
+
+async def test_small_writes_leave_as_one_request_for_each_chunk_and_one_publication() -> None:
+    async with whole_cluster(2) as whole, whole.client() as one:
+        file = await one.fs.open("/f", RW)
+        whole.network.calls.clear()
+        for number in range(2 * CHUNK // 512):
+            await file.write(b"%512d" % number, number * 512)
+        await file.close()
+        assert whole.network.calls == {WriteChunk.op: 2, CommitWrite.op: 1, Release.op: 1}
+
+
+async def test_a_write_is_with_the_daemons_when_the_gather_time_is_over(autojump_clock: object) -> None:
+    async with whole_cluster(2) as whole, whole.client(gather_time_s=5) as one, whole.client() as two:
+        file = await one.fs.open("/f", RW)
+        await file.write(b"late", 0)
+        assert (await two.fs.stat("/f")).size == 0
+        await trio.sleep(6)
+        assert (await two.fs.stat("/f")).size == 4
+        assert one.files.statistics().accepted_bytes == 0
+        await file.close()
+
+
+async def test_a_sparse_file_reads_zeros_and_takes_no_space() -> None:
+    async with whole_cluster(2) as whole, whole.client() as one, await one.fs.open("/f", RW) as file:
+        await file.write(b"end", 1 << 40)
+        attrs = await file.stat()
+        assert attrs.size == (1 << 40) + 3 and attrs.allocated <= CHUNK
+        buffer = bytearray(b"\xff" * (CHUNK + 3))
+        assert await file.read_into(buffer, (1 << 40) - CHUNK) == CHUNK + 3
+        assert buffer == bytes(CHUNK) + b"end"
+
+
+async def test_limits_of_offsets_and_handles() -> None:
+    async with whole_cluster(1) as whole, whole.client() as one:
+        async with await one.fs.open("/f", RW) as file:
+            with pytest.raises(FileTooLarge):
+                await file.write(b"xx", FILE_SIZE_MAX - 1)
+            with pytest.raises(InvalidArgument):
+                await file.write(b"xx", -1)
+            assert await file.write(b"", 5) == 0
+            assert (await file.stat()).size == 0
+        async with await one.fs.open("/f") as file:
+            with pytest.raises(BadHandle):
+                await file.write(b"x", 0)
+        async with await one.fs.open("/f", os.O_WRONLY) as file:
+            with pytest.raises(BadHandle):
+                await file.read(1, 0)
+
+
+async def test_what_is_closed_at_one_mount_is_what_another_opens() -> None:
+    async with whole_cluster(2) as whole, whole.client() as one, whole.client() as two:
+        for number in range(10):
+            writer, reader = (one, two) if number % 2 else (two, one)
+            data = b"%d" % number * (number + 1) * 1000
+            async with await writer.fs.open("/f", RW | os.O_TRUNC) as file:
+                await file.write(data, 0)
+            async with await reader.fs.open("/f") as file:
+                assert await file.read(100_000, 0) == data
+
+
+async def test_appends_of_two_mounts_lose_nothing() -> None:
+    async with whole_cluster(2) as whole, whole.client() as one, whole.client() as two:
+
+        async def append(number: int) -> None:
+            async with await (one, two)[number % 2].fs.open("/log", RW | os.O_APPEND) as file:
+                for line in range(20):
+                    await file.write(b"%03d %03d\n" % (number, line), 0)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(6):
+                nursery.start_soon(append, number)
+        async with await one.fs.open("/log") as file:
+            lines = (await file.read(100_000, 0)).split(b"\n")
+        assert lines.pop() == b""
+        assert sorted(lines) == sorted(b"%03d %03d" % (number, line) for number in range(6) for line in range(20))
+
+
+async def test_an_append_follows_what_the_same_mount_has_gathered() -> None:
+    async with whole_cluster(2) as whole, whole.client() as one:
+        plain = await one.fs.open("/f", RW)
+        appending = await one.fs.open("/f", os.O_WRONLY | os.O_APPEND)
+        await plain.write(b"first ", 0)
+        await appending.write(b"second", 0)
+        assert await plain.read(100, 0) == b"first second"
+        await appending.close()
+        await plain.close()
+
+
+async def test_truncating_down_and_up_brings_nothing_back() -> None:
+    async with whole_cluster(3) as whole, whole.client() as one, await one.fs.open("/f", RW) as file:
+        await file.write(b"x" * (5 * CHUNK), 0)
+        await file.truncate(CHUNK + 10)
+        await file.truncate(5 * CHUNK)
+        expected = b"x" * (CHUNK + 10) + bytes(4 * CHUNK - 10)
+        assert await file.read(5 * CHUNK, 0) == expected
+        assert (await file.stat()).allocated <= 2 * CHUNK
+
+
+async def test_an_unlinked_file_lives_while_it_is_open_here_or_elsewhere() -> None:
+    async with whole_cluster(2) as whole, whole.client() as one, whole.client() as two:
+        async with await one.fs.open("/f", RW) as file:
+            await file.write(b"x" * 3 * CHUNK, 0)
+        here, there = await one.fs.open("/f", os.O_RDWR), await two.fs.open("/f")
+        await one.fs.remove("/f")
+        with pytest.raises(NotFound):
+            await one.fs.stat("/f")
+        assert await there.read(10, 2 * CHUNK) == b"x" * 10
+        await here.write(b"still", 0)
+        await here.fsync()
+        assert (await here.stat()).nlink == 0
+        await here.close()
+        assert await there.read(5, 0) == b"still"
+        await there.close()
+        await _empty(whole)
+
+
+async def _empty(whole: Whole) -> None:
+    """Wait until no chunk is left anywhere."""
+    for daemon in whole.cluster.daemons:
+        await whole.service(daemon).metadata.wait_idle()
+    assert [usage.free - usage.total for store in whole.stores for usage in await store.usage()] == [0] * len(
+        whole.stores
+    )
+
+
+async def test_explicit_times_survive_the_close() -> None:
+    async with whole_cluster(2) as whole, whole.client() as one:
+        file = await one.fs.open("/f", RW)
+        await file.write(b"x", 0)
+        await one.fs.setattr("/f", atime_ns=1, mtime_ns=2)
+        await file.close()
+        attrs = await one.fs.stat("/f")
+        assert (attrs.atime_ns, attrs.mtime_ns) == (1, 2)
+
+
+async def test_times_do_not_change_after_close() -> None:
+    async with whole_cluster(2) as whole, whole.client() as one:
+        async with await one.fs.open("/f", RW) as file:
+            await file.write(b"x" * 100, 0)
+            await file.read(100, 0)
+        before = await one.fs.stat("/f")
+        await wait_all_tasks_blocked()
+        assert await one.fs.stat("/f") == before
+        assert before.atime_ns > before.mtime_ns - 10**9
+
+
+async def test_reading_sets_the_access_time_as_relatime_does() -> None:
+    async with whole_cluster(2) as whole, whole.client() as one:
+        async with await one.fs.open("/f", RW) as file:
+            await file.write(b"x", 0)
+        await one.fs.setattr("/f", atime_ns=1)
+        for _ in range(3):
+            async with await one.fs.open("/f") as file:
+                await file.read(1, 0)
+        assert (await one.fs.stat("/f")).atime_ns > 1
+        assert whole.network.calls[Touch.op] == 1
+        await one.fs.setattr("/f", atime_ns=1)
+        async with await one.fs.open("/f", os.O_RDONLY | os.O_NOATIME) as file:
+            await file.read(1, 0)
+        assert (await one.fs.stat("/f")).atime_ns == 1
+
+
+async def test_fsync_reaches_the_daemons_of_the_chunks_and_of_the_inode() -> None:
+    async with whole_cluster(3) as whole, whole.client() as one:
+        file = await one.fs.open("/f", RW)
+        await file.write(b"x" * (3 * CHUNK), 0)
+        await file.fsync()
+        assert whole.network.calls[SyncChunks.op] == 3 and whole.network.calls[SyncMeta.op] == 1
+        await file.write(b"y", 0)
+        await file.fsync()
+        assert whole.network.calls[SyncChunks.op] == 4
+        await file.close()
+        async with await one.fs.open("/f") as again:  # what an earlier handle wrote is synced too
+            await again.fsync()
+        assert whole.network.calls[SyncChunks.op] == 7
+
+
+async def test_a_handle_for_synchronous_writes_syncs_each() -> None:
+    async with whole_cluster(1) as whole, whole.client() as one, await one.fs.open("/f", RW | os.O_DSYNC) as file:
+        await file.write(b"x", 0)
+        assert (whole.network.calls[SyncChunks.op], whole.network.calls[SyncMeta.op]) == (1, 1)
+
+
+# ── what fails ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_gathered_bytes_that_fail_are_reported_once_to_every_handle_and_dropped() -> None:
+    async with whole_cluster(1) as whole, whole.client() as one:
+        dropped: list[int] = []
+        one.files.on_dropped = dropped.append
+        writing, other = await one.fs.open("/f", RW), await one.fs.open("/f")
+        await writing.write(b"good", 0)
+        await writing.fsync()
+        whole.chunks[0].rates = Rates(no_space=1.0)
+        await writing.write(b"bad!", 0)
+        with pytest.raises(NoSpace):
+            await writing.fsync()
+        late = await one.fs.open("/f")
+        await writing.fsync()
+        assert dropped == [writing.ino]
+        assert await other.read(10, 0) == b"good"
+        with pytest.raises(NoSpace):
+            await other.close()
+        await late.close()
+        await writing.close()
+        assert one.files.statistics() == (0, 0, 0, 0)
+
+
+async def test_a_write_that_is_waited_for_fails_by_itself() -> None:
+    async with whole_cluster(1) as whole, whole.client(gather_bytes_max=0) as one:
+        file = await one.fs.open("/f", RW)
+        whole.chunks[0].rates = Rates(no_space=1.0)
+        with pytest.raises(NoSpace) as raised:
+            await file.write(b"bad!", 0)
+        assert raised.value.errno == errno.ENOSPC
+        await file.close()
+        assert (await one.fs.stat("/f")).size == 0
+
+
+async def test_handles_of_a_client_that_was_expelled_are_stale() -> None:
+    async with whole_cluster(1) as whole, whole.client() as one:
+        file = await one.fs.open("/f", RW)
+        one.links.expel("by the test")
+        with pytest.raises(Stale):
+            await file.read(1, 0)
+        await file.write(b"x", 0)
+        with pytest.raises(Stale):
+            await file.fsync()
+        with pytest.raises(Stale):
+            await file.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_lossy_connections_change_nothing(seed: int) -> None:
+    choose = random.Random(seed)
+    async with whole_cluster(2, seed) as whole, whole.client(gather_bytes_max=256 * 1024) as one:
+        whole.network.request_loss = whole.network.reply_loss = 0.05
+        data = choose.randbytes(6 * CHUNK)
+        async with await one.fs.open("/f", RW) as file:
+            for offset in range(0, len(data), 5000):
+                await file.write(data[offset : offset + 5000], offset)
+        async with await one.fs.open("/f") as file:
+            assert await file.read(len(data) + 1, 0) == data
+        assert await one.fs.listdir("/") == [b"f"]
+
+
+# ── order, bounds ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_writes_that_overlap_keep_their_order() -> None:
+    async with whole_cluster(2, 7) as whole, whole.client(gather_bytes_max=64 * MIB) as one:
+        file = await one.fs.open("/f", RW)
+        for number in range(100):
+            await file.write(b"%02d" % number * 50, number % 7)
+        model = bytearray()
+        for number in range(100):
+            data, offset = b"%02d" % number * 50, number % 7
+            model[offset : offset + 100] = data
+        assert await file.read(200, 0) == model
+        await file.close()
+
+
+async def test_a_full_budget_waits_for_room_and_not_for_the_clock() -> None:
+    async with whole_cluster(1) as whole, whole.client(gather_bytes_max=2 * CHUNK, gather_time_s=1e6) as one:
+        files = [await one.fs.open(f"/f{number}", RW) for number in range(5)]
+        for file in files:
+            for offset in range(0, CHUNK, CHUNK // 4):
+                await file.write(b"x" * (CHUNK // 4), offset)
+                assert one.files.statistics().accepted_bytes <= 2 * CHUNK
+        for file in files:
+            await file.close()
+
+
+async def test_a_budget_is_first_come_first_served(autojump_clock: object) -> None:
+    budget = Budget(100)
+    order: list[int] = []
+
+    async def take(number: int, length: int) -> None:
+        await budget.acquire(length)
+        order.append(number)
+
+    await budget.acquire(90)
+    async with trio.open_nursery() as nursery:
+        for number, length in enumerate([200, 5, 5]):
+            nursery.start_soon(take, number, length)
+            await wait_all_tasks_blocked()
+        assert order == []
+        budget.release(90)
+        await wait_all_tasks_blocked()
+        assert order == [0]
+        budget.release(200)
+    assert sorted(order) == [0, 1, 2] and budget.used == 10
+
+
+async def test_whoever_gives_up_waiting_for_a_budget_holds_nothing() -> None:
+    budget = Budget(10)
+    await budget.acquire(10)
+    with trio.move_on_after(0):
+        await budget.acquire(5)
+    budget.release(10)
+    assert budget.used == 0
+
+
+def _attrs(version: int) -> Attrs:
+    return Attrs(7, 1, 0o100644, 1, 0, 0, 0, version, 0, 0, 0, 0, version, CHUNK, 1, 0)
+
+
+def test_older_attributes_never_replace_newer_ones() -> None:
+    known = Known()
+    assert known.see(_attrs(5)).version == 5
+    assert known.see(_attrs(4)).version == 5
+    assert known.get(7) == _attrs(5)
+
+
+def test_the_epoch_changes_with_changes_of_others_alone() -> None:
+    known = Known(count_max=2)
+    known.see(_attrs(1))
+    first = known.epoch(7)
+    known.see(_attrs(2), own=True)
+    known.see(_attrs(2))
+    assert known.epoch(7) == first
+    known.see(_attrs(4), own=True)  # version 3 was somebody else's
+    second = known.epoch(7)
+    assert second != first
+    known.see(_attrs(5))
+    assert known.epoch(7) not in (first, second, 0)
+    for ino in (8, 9):
+        known.see(Attrs(ino, *_fields(_attrs(1))[1:]))
+    assert known.get(7) is None and known.epoch(7) == 0
+
+
+def _fields(attrs: Attrs) -> tuple[int, ...]:
+    return tuple(getattr(attrs, name) for name in attrs.__struct_fields__)
+
+
+# ── the number of requests ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_requests_per_operation_on_one_daemon() -> None:
+    async with whole_cluster(1) as whole, whole.client() as one:
+        await (await one.fs.open("/f", RW)).close()
+        calls = whole.network.calls
+
+        async def count(operation: Callable[[], Awaitable[object]]) -> dict[int, int]:
+            calls.clear()
+            await operation()
+            return dict(calls)
+
+        ino = (await one.fs.stat("/f")).ino
+        assert await count(lambda: one.namespace.lookup(1, b"f")) == {Lookup.op: 1}
+        assert await count(lambda: one.files.getattr(ino)) == {GetAttr.op: 1}
+        assert await count(lambda: one.files.setattr(ino, mode=0o600)) == {SetAttr.op: 1}
+
+        async def create() -> None:
+            await one.files.release(await one.files.create(1, b"g", 0o600, 0, 0, os.O_RDWR))
+
+        assert await count(create) == {Make.op: 1, Release.op: 1}
+
+        async def write() -> None:
+            handle = await one.files.open(ino, os.O_RDWR)
+            await one.files.write(handle, 0, b"x" * 4096)
+            await one.files.flush(handle)
+            await one.files.release(handle)
+
+        assert await count(write) == {Open.op: 1, WriteChunk.op: 1, CommitWrite.op: 1, Release.op: 1}
+
+        async def read() -> None:
+            handle = await one.files.open(ino, os.O_RDONLY | os.O_NOATIME)
+            assert await one.files.read(handle, 0, memoryview(bytearray(8192))) == 4096
+            await one.files.release(handle)
+
+        assert await count(read) == {Open.op: 1, ReadChunk.op: 1, Release.op: 1}
+
+        async def append() -> None:
+            handle = await one.files.open(ino, os.O_WRONLY | os.O_APPEND)
+            await one.files.write(handle, 0, b"x")
+            await one.files.release(handle)
+
+        assert await count(append) == {Open.op: 1, Append.op: 1, WriteChunk.op: 1, CommitWrite.op: 1, Release.op: 1}
+
+
+async def test_a_dead_daemon_stops_only_what_needs_it() -> None:
+    async with whole_cluster(2) as whole, whole.client(gather_bytes_max=4 * CHUNK) as one:
+        file = await one.fs.open("/f", RW)
+        width = (await file.stat()).width
+        of_chunk = whole.cluster.shard_map.of_chunk
+        index_of = {of_chunk(file.ino, index, width): index for index in range(8)}
+        home = whole.cluster.shard_map.of_ino(file.ino)
+        other = DaemonId(1 - home)
+        for channel in list(whole.cluster.daemons[other].node.channels):
+            channel.cut_both(Ending.PEER)
+        whole.network.partition(whole.cluster.daemons[other].node, one.node)
+        blocked = trio.Event()
+
+        async def fill() -> None:
+            for number in range(100):
+                await file.write(b"x" * CHUNK, index_of[other] * CHUNK)
+                if number > 2:
+                    blocked.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fill)
+            await wait_all_tasks_blocked()
+            assert not blocked.is_set()
+            second = await one.fs.open("/second", RW)
+            assert whole.cluster.shard_map.of_ino(second.ino) == home
+            index = next(number for number in range(99) if of_chunk(second.ino, number, width) == home)
+            for _ in range(20):
+                await second.write(b"y" * CHUNK, index * CHUNK)
+            assert await second.read(3, index * CHUNK) == b"yyy"
+            nursery.cancel_scope.cancel()

@@ -1,0 +1,532 @@
+"""The handlers of the FUSE adapter, called without a mount, over a whole cluster in one process."""
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple, cast
+
+import pyfuse3
+import pytest
+import trio
+from pyfuse3 import EntryAttributes, FUSEError, RequestContext, SetattrFields
+from trio.testing import wait_all_tasks_blocked
+from whole import CHUNK, Client, Whole, whole_cluster
+
+from benchfs_fuse import errors, fuse
+from benchfs_fuse.chunks.faulty import Rates
+from benchfs_fuse.fuse import BenchfsOperations, errno_of, guarded
+from benchfs_fuse.rpc.messages import GetXattr, Lookup, ReadDir, Touch
+
+
+class Caller(NamedTuple):
+    """Stand for the process behind a request."""
+
+    uid: int = 1000
+    gid: int = 1000
+    pid: int = 1
+    umask: int = 0o022
+
+
+CTX = cast(RequestContext, Caller())
+ROOT_CTX = cast(RequestContext, Caller(0, 0))
+
+
+class Fields(NamedTuple):
+    """Say what a setattr changes."""
+
+    update_atime: bool = False
+    update_mtime: bool = False
+    update_ctime: bool = False
+    update_mode: bool = False
+    update_uid: bool = False
+    update_gid: bool = False
+    update_size: bool = False
+
+
+class Kernel:
+    """Record what the kernel is told, and list directories as it does, with room for ``room`` entries at a time."""
+
+    def __init__(self) -> None:
+        self.invalidated: list[tuple[int, bool]] = []
+        self.room = 10**6
+        self.listed: list[tuple[bytes, int]] = []
+
+    def invalidate_inode(self, inode: int, attr_only: bool = False) -> None:
+        self.invalidated.append((inode, attr_only))
+
+    def readdir_reply(self, token: object, name: bytes, attr: EntryAttributes, next_id: int) -> bool:
+        if len(self.listed) == self.room:
+            return False
+        self.listed.append((name, next_id))
+        return True
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    fake = Kernel()
+    monkeypatch.setattr(pyfuse3, "invalidate_inode", fake.invalidate_inode)
+    monkeypatch.setattr(pyfuse3, "readdir_reply", fake.readdir_reply)
+    return fake
+
+
+class Mounted(NamedTuple):
+    """Hold the operations of one mount and what is below."""
+
+    ops: BenchfsOperations
+    client: Client
+    whole: Whole
+
+
+@asynccontextmanager
+async def operations(
+    whole: Whole, *, xattr: bool = True, cache_timeout_s: float = 1.0, gather_bytes_max: int = 1 << 20
+) -> AsyncIterator[Mounted]:
+    async with whole.client(gather_bytes_max=gather_bytes_max) as client, trio.open_nursery() as nursery:
+        ops = BenchfsOperations(client.namespace, client.files, nursery, cache_timeout_s=cache_timeout_s, xattr=xattr)
+        client.files.on_dropped = ops.invalidate_data
+        yield Mounted(ops, client, whole)
+
+
+@asynccontextmanager
+async def mounted(daemons: int = 2, **options: Any) -> AsyncIterator[Mounted]:
+    async with whole_cluster(daemons) as whole, operations(whole, **options) as mount:
+        yield mount
+
+
+async def listing(ops: BenchfsOperations, kernel: Kernel, inode: int) -> list[bytes]:
+    fh = await ops.opendir(inode, CTX)
+    kernel.listed.clear()
+    await ops.readdir(fh, 0, pyfuse3.ReaddirToken())
+    await ops.releasedir(fh)
+    return [name for name, _ in kernel.listed]
+
+
+def change(**values: int) -> EntryAttributes:
+    entry = EntryAttributes()
+    for name, value in values.items():
+        setattr(entry, name, value)
+    return entry
+
+
+def fields(*names: str) -> SetattrFields:
+    return cast(SetattrFields, Fields(**dict.fromkeys([f"update_{name}" for name in names], True)))
+
+
+# ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_error_has_its_errno_alone_and_in_groups(caplog: pytest.LogCaptureFixture) -> None:
+    for cls in errors.BY_STATUS.values():
+        assert errno_of(cls("x"), "op") == cls.errno
+        group = ExceptionGroup("g", [ExceptionGroup("h", [ValueError("other"), cls("x")])])
+        assert errno_of(group, "op") == cls.errno
+    assert errno_of(FUSEError(errno.ENOSYS), "op") == errno.ENOSYS
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("error", [ValueError("bug"), KeyError(1), ExceptionGroup("g", [ValueError("bug")])])
+async def test_the_unforeseen_is_logged_and_becomes_eio(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    @guarded
+    async def handler() -> None:
+        raise error
+
+    with caplog.at_level(logging.ERROR), pytest.raises(FUSEError) as raised:
+        await handler()
+    assert raised.value.errno == errno.EIO
+    assert ("handler failed" in caplog.text and "bug" in caplog.text) or "KeyError" in caplog.text
+
+
+async def test_cancellation_passes_a_handler() -> None:
+    @guarded
+    async def handler() -> None:
+        await trio.sleep_forever()
+
+    with trio.move_on_after(0) as scope:
+        await handler()
+    assert scope.cancelled_caught
+
+
+def test_every_operation_of_pyfuse3_is_guarded_or_left_to_it() -> None:
+    inherited = {"access", "poll", "stacktrace", "init"}
+    raises_nothing = {"forget"}
+    for name in vars(pyfuse3.Operations):
+        if name.startswith("_") or not callable(getattr(pyfuse3.Operations, name)):
+            continue
+        own = vars(BenchfsOperations).get(name)
+        assert (own is None) == (name in inherited), name
+        assert name in inherited | raises_nothing or hasattr(own, "__wrapped__"), name
+
+
+async def test_unknown_handles_and_names() -> None:
+    async with mounted() as (ops, _, _):
+        cases: list[tuple[Callable[[], Any], int]] = [
+            (lambda: ops.lookup(1, b"none", CTX), errno.ENOENT),
+            (lambda: ops.getattr(99, CTX), errno.ESTALE),
+            (lambda: ops.getattr(1 << 62, CTX), errno.ESTALE),
+            (lambda: ops.read(5, 0, 1), errno.EBADF),
+            (lambda: ops.open(99, os.O_RDONLY, CTX), errno.ESTALE),
+            (lambda: ops.lookup(1, b"x" * 256, CTX), errno.ENAMETOOLONG),
+        ]
+        for case, code in cases:
+            with pytest.raises(FUSEError) as raised:
+                await case()
+            assert raised.value.errno == code
+
+
+# ── names and attributes ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_dot_and_dot_dot() -> None:
+    async with mounted() as (ops, _, _):
+        directory = await ops.mkdir(1, b"d", 0o755, CTX)
+        inner = await ops.mkdir(directory.st_ino, b"e", 0o755, CTX)
+        file = await ops.mknod(1, b"f", stat.S_IFREG | 0o644, 0, CTX)
+        assert (await ops.lookup(inner.st_ino, b".", CTX)).st_ino == inner.st_ino
+        assert (await ops.lookup(inner.st_ino, b"..", CTX)).st_ino == directory.st_ino
+        assert (await ops.lookup(1, b"..", CTX)).st_ino == 1
+        with pytest.raises(FUSEError):
+            await ops.lookup(file.st_ino, b"..", CTX)
+
+
+async def test_attributes_as_the_kernel_gets_them() -> None:
+    async with mounted(cache_timeout_s=0.25) as (ops, _, _):
+        made = await ops.mknod(1, b"dev", stat.S_IFCHR | 0o640, 0x105, CTX)
+        found = await ops.lookup(1, b"dev", CTX)
+        for entry in (made, found):
+            assert (entry.st_mode, entry.st_rdev, entry.st_uid, entry.st_gid) == (
+                stat.S_IFCHR | 0o640,
+                0x105,
+                1000,
+                1000,
+            )
+            assert (entry.entry_timeout, entry.attr_timeout, entry.generation) == (0.25, 0.25, 1)
+        link = await ops.symlink(1, b"l", b"target", CTX)
+        assert stat.S_ISLNK(link.st_mode) and await ops.readlink(link.st_ino, CTX) == b"target"
+        again = await ops.link(made.st_ino, 1, b"dev2", CTX)
+        assert (again.st_ino, again.st_nlink) == (made.st_ino, 2)
+
+
+async def test_setattr_changes_what_its_fields_say() -> None:
+    async with mounted() as (ops, _, _):
+        ino = (await ops.mknod(1, b"f", stat.S_IFREG | 0o644, 0, CTX)).st_ino
+        wanted = change(
+            st_mode=stat.S_IFREG | 0o4755, st_uid=5, st_gid=6, st_size=7, st_atime_ns=8 * 10**9 + 1, st_mtime_ns=9
+        )
+        for names, expected in (
+            (("mode",), (0o4755, 1000, 1000, 0)),
+            (("uid",), (0o4755, 5, 1000, 0)),
+            (("gid",), (0o4755, 5, 6, 0)),
+            (("size",), (0o4755, 5, 6, 7)),
+        ):
+            entry = await ops.setattr(ino, wanted, fields(*names), None, CTX)
+            assert (stat.S_IMODE(entry.st_mode), entry.st_uid, entry.st_gid, entry.st_size) == expected
+        entry = await ops.setattr(ino, wanted, fields("atime", "mtime"), None, CTX)
+        assert (entry.st_atime_ns, entry.st_mtime_ns) == (8 * 10**9 + 1, 9)
+
+
+async def test_somebody_in_a_removed_directory_sees_it_without_links() -> None:
+    async with mounted() as (ops, _, _):
+        ino = (await ops.mkdir(1, b"d", 0o755, CTX)).st_ino
+        await ops.rmdir(1, b"d", CTX)
+        assert (await ops.getattr(ino, CTX)).st_nlink == 0
+        await ops.forget([(ino, 1)])
+        with pytest.raises(FUSEError) as raised:
+            await ops.getattr(ino, CTX)
+        assert raised.value.errno == errno.ESTALE
+
+
+async def test_rename_with_flags() -> None:
+    async with mounted() as (ops, _, _):
+        one = (await ops.mknod(1, b"one", stat.S_IFREG | 0o644, 0, CTX)).st_ino
+        two = (await ops.mknod(1, b"two", stat.S_IFREG | 0o644, 0, CTX)).st_ino
+        await ops.rename(1, b"one", 1, b"two", pyfuse3.RENAME_EXCHANGE, CTX)
+        assert (await ops.lookup(1, b"one", CTX)).st_ino == two
+        with pytest.raises(FUSEError) as raised:
+            await ops.rename(1, b"one", 1, b"two", pyfuse3.RENAME_NOREPLACE, CTX)
+        assert raised.value.errno == errno.EEXIST
+        with pytest.raises(FUSEError) as raised:
+            await ops.rename(1, b"one", 1, b"two", 4, CTX)
+        assert raised.value.errno == errno.EINVAL
+        await ops.rename(1, b"one", 1, b"two", 0, CTX)
+        assert (await ops.lookup(1, b"two", CTX)).st_ino == two
+        assert (await ops.getattr(one, CTX)).st_nlink == 0
+
+
+async def test_statfs_counts_every_file_system_once() -> None:
+    async with mounted() as (ops, client, _):
+        data, space = await ops.statfs(CTX), await client.namespace.space()
+        assert data.f_blocks * data.f_frsize == space.total
+        assert data.f_bavail * data.f_frsize == space.available
+        assert data.f_namemax == 255
+
+
+# ── files and caches ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_write_read_and_the_buffers() -> None:
+    async with mounted() as (ops, client, _):
+        info, entry = await ops.create(1, b"f", 0o644, os.O_RDWR, CTX)
+        assert stat.S_ISREG(entry.st_mode) and not info.direct_io
+        data = os.urandom(3 * CHUNK)
+        assert await ops.write(info.fh, 0, data) == len(data)
+        assert (await ops.getattr(entry.st_ino, CTX)).st_size == len(data)
+        assert bytes(await ops.read(info.fh, 0, len(data))) == data
+        assert bytes(await ops.read(info.fh, 10, 5)) == data[10:15]
+        assert bytes(await ops.read(info.fh, len(data) - 3, 100)) == data[-3:]
+        assert bytes(await ops.read(info.fh, len(data), 100)) == b""
+        both: list[bytes] = []
+
+        async def read(offset: int) -> None:
+            both.append(bytes(await ops.read(info.fh, offset, CHUNK)))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, 0)
+            nursery.start_soon(read, CHUNK)
+        assert sorted(both) == sorted([data[:CHUNK], data[CHUNK : 2 * CHUNK]])
+        await ops.fsync(info.fh, False)
+        await ops.flush(info.fh)
+        await ops.release(info.fh)
+        assert client.files.statistics() == (0, 0, 0, 0)
+
+
+async def test_cached_data_stays_unless_somebody_else_changed_the_file(kernel: Kernel) -> None:
+    async with whole_cluster() as whole, operations(whole) as (ops, _, _), whole.client() as other:
+        info, entry = await ops.create(1, b"f", 0o644, os.O_RDWR, CTX)
+        await ops.write(info.fh, 0, b"mine")
+        await ops.flush(info.fh)
+        await ops.release(info.fh)
+
+        async def reopen() -> tuple[bool, list[tuple[int, bool]]]:
+            kernel.invalidated.clear()
+            info = await ops.open(entry.st_ino, os.O_RDONLY, CTX)
+            await ops.release(info.fh)
+            return info.keep_cache, list(kernel.invalidated)
+
+        assert await reopen() == (True, [])
+        async with await other.fs.open("/f", os.O_WRONLY) as file:
+            await file.write(b"theirs", 0)
+        assert await reopen() == (False, [(entry.st_ino, True)])
+        assert await reopen() == (True, [])
+        async with await other.fs.open("/f", os.O_WRONLY) as file:
+            await file.write(b"again!", 0)
+        await ops.getattr(entry.st_ino, CTX)
+        assert await reopen() == (False, [])  # the attributes were fresh already
+        await ops.forget([(entry.st_ino, 1)])
+        assert (await reopen())[0] is False
+
+
+async def test_o_trunc_in_open_cuts_the_file(kernel: Kernel) -> None:
+    async with mounted() as (ops, client, _):
+        async with await client.fs.open("/f", os.O_RDWR | os.O_CREAT, 0o6755) as file:
+            await file.write(b"old", 0)
+        info = await ops.open(file.ino, os.O_WRONLY | os.O_TRUNC, CTX)
+        attrs = await ops.getattr(file.ino, CTX)
+        assert (attrs.st_size, stat.S_IMODE(attrs.st_mode)) == (0, 0o755)
+        await ops.release(info.fh)
+
+
+async def test_a_file_that_appears_between_lookup_and_create_is_not_opened_past_its_permissions() -> None:
+    async with whole_cluster() as whole, operations(whole) as (ops, client, _), whole.client() as other:
+        await (await other.fs.open("/f", os.O_RDWR | os.O_CREAT, 0o600)).close()
+        with pytest.raises(FUSEError) as raised:
+            await ops.create(1, b"f", 0o644, os.O_RDWR, CTX)
+        assert raised.value.errno == errno.ESTALE
+        with pytest.raises(FUSEError) as raised:
+            await ops.create(1, b"f", 0o644, os.O_RDWR | os.O_EXCL, CTX)
+        assert raised.value.errno == errno.EEXIST
+        assert client.files.statistics().handles == 0
+
+
+async def test_appending_handles_bypass_the_cache_and_do_the_kernels_duties(kernel: Kernel) -> None:
+    async with mounted() as (ops, client, whole):
+        async with await client.fs.open("/f", os.O_RDWR | os.O_CREAT, 0o6755) as file:
+            await file.write(b"12345", 0)
+        info = await ops.open(file.ino, os.O_WRONLY | os.O_APPEND | os.O_DSYNC, CTX)
+        assert info.direct_io
+        assert await ops.write(info.fh, 2, b"678") == 3  # the kernel's offset does not count
+        attrs = await ops.getattr(file.ino, CTX)
+        assert (attrs.st_size, stat.S_IMODE(attrs.st_mode)) == (8, 0o755)
+        assert whole.cluster.daemons[whole.cluster.shard_map.of_ino(file.ino)].server.requests["SyncMeta"] == 1
+        await ops.release(info.fh)
+        async with await client.fs.open("/f") as again:
+            assert await again.read(100, 0) == b"12345678"
+
+
+async def test_root_keeps_set_id_bits_when_it_appends(kernel: Kernel) -> None:
+    async with mounted() as (ops, client, _):
+        await (await client.fs.open("/f", os.O_RDWR | os.O_CREAT, 0o6755)).close()
+        ino = (await client.fs.stat("/f")).ino
+        info = await ops.open(ino, os.O_WRONLY | os.O_APPEND, ROOT_CTX)
+        await ops.write(info.fh, 0, b"x")
+        assert stat.S_IMODE((await ops.getattr(ino, CTX)).st_mode) == 0o6755
+        await ops.release(info.fh)
+
+
+async def test_the_kernel_drops_pages_of_bytes_that_were_not_written(kernel: Kernel) -> None:
+    async with mounted(1) as (ops, _, whole):
+        info, entry = await ops.create(1, b"f", 0o644, os.O_RDWR, CTX)
+        whole.chunks[0].rates = Rates(no_space=1.0)
+        await ops.write(info.fh, 0, b"x")
+        with pytest.raises(FUSEError) as raised:
+            await ops.flush(info.fh)
+        assert raised.value.errno == errno.ENOSPC
+        while not kernel.invalidated:
+            await trio.lowlevel.checkpoint()
+        assert kernel.invalidated == [(entry.st_ino, False)]
+        await ops.flush(info.fh)
+        await ops.release(info.fh)
+
+
+# ── directories ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_listing_goes_on_where_it_stopped_while_names_come_and_go(kernel: Kernel) -> None:
+    async with mounted() as (ops, _, whole):
+        for number in range(30):
+            await ops.mknod(1, b"%02d" % number, stat.S_IFREG | 0o644, 0, CTX)
+        fh = await ops.opendir(1, CTX)
+        kernel.room = 10
+        await ops.readdir(fh, 0, pyfuse3.ReaddirToken())
+        seen = list(kernel.listed)
+        kernel.listed.clear()
+        await ops.readdir(fh, seen[-1][1], pyfuse3.ReaddirToken())
+        assert whole.network.calls[ReadDir.op] == 1  # the second part came from the page that was there
+        seen += kernel.listed
+        await ops.unlink(1, b"00", CTX)
+        await ops.unlink(1, b"25", CTX)
+        await ops.mknod(1, b"99", stat.S_IFREG | 0o644, 0, CTX)
+        kernel.room = 100
+        kernel.listed.clear()
+        await ops.readdir(fh, seen[-1][1], pyfuse3.ReaddirToken())
+        assert whole.network.calls[ReadDir.op] == 2  # what was removed here is not listed from an old page
+        seen += kernel.listed
+        assert [name for name, _ in seen] == [b"%02d" % number for number in [*range(25), *range(26, 30), 99]]
+        await ops.releasedir(fh)
+
+
+async def test_a_page_is_not_served_past_its_time(kernel: Kernel, autojump_clock: object) -> None:
+    async with whole_cluster() as whole, operations(whole) as (ops, _, _), whole.client() as other:
+        for number in range(4):
+            await ops.mknod(1, b"%d" % number, stat.S_IFREG | 0o644, 0, CTX)
+        fh = await ops.opendir(1, CTX)
+        kernel.room = 2
+        await ops.readdir(fh, 0, pyfuse3.ReaddirToken())
+        position = kernel.listed[-1][1]
+        await other.fs.remove("/2")
+        await trio.sleep(1.5)
+        kernel.listed.clear()
+        await ops.readdir(fh, position, pyfuse3.ReaddirToken())
+        assert [name for name, _ in kernel.listed] == [b"3"]
+        await ops.releasedir(fh)
+
+
+async def test_listing_directories_makes_their_attributes_known(kernel: Kernel) -> None:
+    async with mounted(3) as (ops, _, _):
+        for number in range(9):
+            await ops.mkdir(1, b"%d" % number, 0o755, CTX)
+        assert await listing(ops, kernel, 1) == [b"%d" % number for number in range(9)]
+        fh = await ops.opendir(1, CTX)
+        await ops.fsyncdir(fh, False)
+        await ops.releasedir(fh)
+
+
+async def test_a_file_that_is_being_written_is_listed_with_its_size(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def reply(token: object, name: bytes, attr: EntryAttributes, next_id: int) -> bool:
+        sizes.append(attr.st_size)
+        return True
+
+    monkeypatch.setattr(pyfuse3, "readdir_reply", reply)
+    async with mounted() as (ops, _, _):
+        info, _ = await ops.create(1, b"f", 0o644, os.O_RDWR, CTX)
+        await ops.write(info.fh, 0, b"12345")
+        assert (await ops.lookup(1, b"f", CTX)).st_size == 5
+        await ops.write(info.fh, 5, b"67890")
+        await listing(ops, kernel, 1)
+        assert sizes == [10]
+        await ops.release(info.fh)
+
+
+# ── extended attributes ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_the_kernel_asks_before_every_write_is_answered_from_memory(kernel: Kernel) -> None:
+    async with whole_cluster() as whole, operations(whole) as (ops, _, _), whole.client() as other:
+
+        async def capability(inode: int) -> bytes | None:
+            try:
+                return await ops.getxattr(inode, fuse.CAPABILITY, CTX)
+            except FUSEError as error:
+                return None if error.errno == pyfuse3.ENOATTR else b"another error"
+
+        info, entry = await ops.create(1, b"f", 0o644, os.O_RDWR, CTX)
+        for number in range(5):
+            assert await capability(entry.st_ino) is None
+            await ops.write(info.fh, number, b"x")
+            await ops.flush(info.fh)
+        assert whole.network.calls[GetXattr.op] == 0
+        await other.fs.setxattr("/f", fuse.CAPABILITY, b"caps")
+        await ops.getattr(entry.st_ino, CTX)
+        assert await capability(entry.st_ino) == b"caps"
+        await ops.removexattr(entry.st_ino, fuse.CAPABILITY, CTX)
+        assert await capability(entry.st_ino) is None
+        asked = whole.network.calls[GetXattr.op]
+        assert await capability(entry.st_ino) is None
+        assert whole.network.calls[GetXattr.op] == asked
+        await ops.setxattr(entry.st_ino, fuse.CAPABILITY, b"mine", CTX)
+        assert await capability(entry.st_ino) == b"mine"
+        await ops.release(info.fh)
+
+
+async def test_extended_attributes_and_what_is_refused() -> None:
+    async with mounted() as (ops, _, _):
+        ino = (await ops.mkdir(1, b"d", 0o755, CTX)).st_ino
+        await ops.setxattr(ino, b"user.a", b"1", CTX)
+        assert await ops.getxattr(ino, b"user.a", CTX) == b"1"
+        assert list(await ops.listxattr(ino, CTX)) == [b"user.a"]
+        with pytest.raises(FUSEError) as raised:
+            await ops.setxattr(ino, fuse.DEFAULT_ACL, b"", CTX)
+        assert raised.value.errno == errno.EOPNOTSUPP
+
+
+async def test_switched_off_the_kernel_is_told_never_to_ask_again() -> None:
+    async with mounted(xattr=False) as (ops, _, _):
+        assert not ops.enable_acl
+        calls: list[Callable[[], Any]] = [
+            lambda: ops.getxattr(1, b"user.a", CTX),
+            lambda: ops.setxattr(1, b"user.a", b"", CTX),
+            lambda: ops.listxattr(1, CTX),
+            lambda: ops.removexattr(1, b"user.a", CTX),
+        ]
+        for call in calls:
+            with pytest.raises(FUSEError) as raised:
+                await call()
+            assert raised.value.errno == errno.ENOSYS
+
+
+async def test_listing_and_reading_links_set_access_times_once(kernel: Kernel) -> None:
+    async with mounted() as (ops, client, whole):
+        entry = await ops.symlink(1, b"l", b"t", CTX)
+        await client.files.setattr(entry.st_ino, atime_ns=1)
+        await client.files.setattr(1, atime_ns=1)
+        for _ in range(3):
+            await ops.readlink(entry.st_ino, CTX)
+            await listing(ops, kernel, 1)
+        await wait_all_tasks_blocked()
+        assert whole.network.calls[Touch.op] == 2
+        assert (await ops.getattr(entry.st_ino, CTX)).st_atime_ns > 1
+        assert (await ops.getattr(1, CTX)).st_atime_ns > 1
+
+
+async def test_lookups_are_one_request() -> None:
+    async with mounted() as (ops, _, whole):
+        await ops.mknod(1, b"f", stat.S_IFREG | 0o644, 0, CTX)
+        whole.network.calls.clear()
+        await ops.lookup(1, b"f", CTX)
+        assert whole.network.calls == {Lookup.op: 1}
