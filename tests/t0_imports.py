@@ -67,7 +67,7 @@ ROOMS = {
         packages=("trio", "msgspec", "pyfuse3"),
     ),
     "machine": Room(  # this host's processes and files: what roots share
-        modules=("datadir", "holders", "kernel_mounts", "processes", "registry", "runtime", "config"),
+        modules=("control", "datadir", "holders", "kernel_mounts", "processes", "registry", "runtime", "config"),
         rooms=("pure", "machine"),
         packages=("trio", "msgspec"),
     ),
