@@ -424,11 +424,12 @@ def test_the_kernel_copies_between_files(mountpoint: Path, tmp_path: Path) -> No
         opened(mountpoint / "sent", flags) as sent,
         opened(tmp_path / "out", flags) as out,
     ):
-        for copy in (
+        copies: list[Callable[[int], int]] = [
             lambda left: os.copy_file_range(source, by_range, left),
             lambda left: os.sendfile(sent, source, None, left),
             lambda left: os.sendfile(out, source, None, left),
-        ):
+        ]
+        for copy in copies:
             os.lseek(source, 0, os.SEEK_SET)
             left = len(content)
             while left:
@@ -463,7 +464,10 @@ def test_locks_hold_within_a_mount(mountpoint: Path) -> None:
             fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
         fcntl.flock(one, fcntl.LOCK_UN)
         fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    script = "import fcntl, sys; f = open(sys.argv[1], 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB, 10, int(sys.argv[2]))"
+    script = (
+        "import fcntl, sys; f = open(sys.argv[1], 'r+b'); "
+        "fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB, 10, int(sys.argv[2]))"
+    )
     with opened(path) as fd:
         fcntl.lockf(fd, fcntl.LOCK_EX, 10, 100)
         results = [
