@@ -231,6 +231,24 @@ def test_what_holds_the_temporary_files_agrees_with_tmpfs(tmp_path: Path, refere
         check_all(pair, range(15))
 
 
+@pytest.mark.parametrize(
+    ("name", "difference"),
+    [
+        ("atime", ("chmod", "mtime", "same", "later")),
+        ("allocated", ("chmod", "size", 0, 1)),
+        ("xattr-ctime", ("chmod", "ctime", "same", "later")),
+        ("xattr-ctime", ("setxattr", "mtime", "same", "later")),
+        ("truncate-times", ("truncate", "mtime", "same", "later")),
+        ("seekdir", ("readdir", "answer", "<EINVAL>", None)),
+        ("nodev", ("open", "answer", "<EACCES>", None)),
+    ],
+)
+def test_an_allowance_allows_no_more_than_it_says(name: str, difference: tuple[str, str, Value, Value]) -> None:
+    call, field, left, right = difference
+    found = Difference(0, Call(call, ()), b"/a", field, left, right, {"size moved": True})
+    assert not ALLOWANCES[name](found)
+
+
 def test_nothing_is_left_behind(workdir: Path, reference: Path) -> None:
     files_open = len(os.listdir("/proc/self/fd"))
     here = Path.cwd()

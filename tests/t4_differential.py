@@ -10,10 +10,12 @@ from benchfs_fuse.testing.sides import Pair
 pytest_plugins = ("mounts",)
 
 CALLS_PER_RUN = 60
+#: What docs/semantics.md says differs.
+OURS = tuple(ALLOWANCES[name] for name in ("atime", "now", "group-bit"))
 
 
 def compare(workdir: Path, reference: Path, seeds: range) -> None:
-    with Pair(workdir, reference, (ALLOWANCES["atime"],)) as pair:
+    with Pair(workdir, reference, OURS) as pair:
         for seed in seeds:
             check(pair, seed, CALLS_PER_RUN)
 
