@@ -369,7 +369,7 @@ async def open_session(registry: Path, settings: Settings, *, kind: str, label: 
             UcxEngine(
                 Peer(client_id, -1, socket.gethostname(), os.getpid(), boot_id()),
                 directory.secret,
-                cluster.cluster_id.encode(),
+                bytes.fromhex(cluster.cluster_id),
                 tls=ucx.tls or None,
                 net_devices=ucx.net_devices or None,
                 spin_us=mount.spin_us,
