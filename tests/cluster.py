@@ -150,6 +150,7 @@ class Cluster:
     def mount(self, *arguments: str) -> Mount:
         """Mount the cluster at a new mount point; return when the mount answers."""
         mountpoint = Path(tempfile.mkdtemp(prefix="mnt-", dir=self.directory))
+        mountpoint.chmod(0o755)
         mount = Mount(self.registry, mountpoint, self.directory / f"{mountpoint.name}.log", arguments)
         self.mounts.append(mount)
         mount.wait_ready()
@@ -166,6 +167,7 @@ class Cluster:
 def running_cluster(daemons: int = 2, *, chunk_size: int = CHUNK_SIZE_DEFAULT) -> Iterator[Cluster]:
     """Run a cluster in a directory of its own, which goes with it."""
     directory = Path(tempfile.mkdtemp(prefix="benchfs-test-"))
+    directory.chmod(0o755)  # other users have to reach the mount points in it
     try:
         with Cluster(directory, daemons, chunk_size=chunk_size) as cluster:
             yield cluster

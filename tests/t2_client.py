@@ -410,6 +410,24 @@ async def test_gathered_bytes_that_fail_are_reported_once_to_every_handle_and_dr
         assert one.files.statistics() == (0, 0, 0, 0)
 
 
+async def test_a_handle_takes_no_more_bytes_until_it_has_reported_that_some_were_dropped() -> None:
+    async with whole_cluster(1) as whole, whole.client() as one:
+        file = await one.fs.open("/f", RW)
+        whole.chunks[0].rates = Rates(no_space=1.0)
+        await file.write(b"x", 0)
+        await one.files.drain()
+        for _ in range(2):
+            with pytest.raises(NoSpace):
+                await file.write(b"y", 1)
+        whole.chunks[0].rates = Rates()
+        with pytest.raises(NoSpace):
+            await file.fsync()
+        await file.write(b"z", 2)
+        await file.close()
+        async with await one.fs.open("/f") as again:
+            assert await again.read(10, 0) == b"\0\0z"
+
+
 async def test_a_write_that_is_waited_for_fails_by_itself() -> None:
     async with whole_cluster(1) as whole, whole.client(gather_bytes_max=0) as one:
         file = await one.fs.open("/f", RW)
