@@ -18,6 +18,7 @@ import functools
 import logging
 import os
 import stat
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
@@ -29,7 +30,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 from .errors import BadHandle, Exists, FsError, NoAttribute, NotADirectory, NotSupported, Stale
 from .limits import MIB, NAME_MAX
 from .model import ROOT_INO, Attrs
-from .rpc.messages import TIME_OMIT
+from .rpc.messages import TIME_NOW, TIME_OMIT
 from .services.files import Files, Handle
 from .services.namespace import Namespace, Page
 
@@ -212,17 +213,41 @@ class BenchfsOperations(pyfuse3.Operations):
     async def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
-        """Change attributes. UTIME_NOW comes as a time of this machine: pyfuse3 does not tell it from others."""
-        attrs = await self._files.setattr(
-            inode,
-            mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
-            uid=attr.st_uid if fields.update_uid else None,
-            gid=attr.st_gid if fields.update_gid else None,
-            size=attr.st_size if fields.update_size else None,
-            atime_ns=attr.st_atime_ns if fields.update_atime else TIME_OMIT,
-            mtime_ns=attr.st_mtime_ns if fields.update_mtime else TIME_OMIT,
-        )
+        """Change attributes. UTIME_NOW comes as a time of this machine: pyfuse3 does not tell it from others.
+
+        ftruncate(2), which has a handle, always sets the times; truncate(2) only if the size changes.
+        """
+        mode = stat.S_IMODE(attr.st_mode) if fields.update_mode else None
+        uid = attr.st_uid if fields.update_uid else None
+        gid = attr.st_gid if fields.update_gid else None
+        size = attr.st_size if fields.update_size else None
+        atime_ns = attr.st_atime_ns if fields.update_atime else TIME_OMIT
+        mtime_ns = TIME_OMIT
+        if fields.update_mtime:
+            mtime_ns = attr.st_mtime_ns
+        elif size is not None and fh is not None:
+            mtime_ns = TIME_NOW
+        try:
+            attrs = await self._files.setattr(
+                inode, mode=mode, uid=uid, gid=gid, size=size, atime_ns=atime_ns, mtime_ns=mtime_ns
+            )
+        except Stale:
+            attrs = self._change_removed(inode, mode, uid, gid)
         return self._entry(attrs)
+
+    def _change_removed(self, ino: int, mode: int | None, uid: int | None, gid: int | None) -> Attrs:
+        """Change owner and permissions of what we removed and somebody still stands in or holds (a FIFO). Stale."""
+        told = self._told.get(ino)
+        if told is None or told.removed is None:
+            raise Stale(f"inode {ino}")
+        old = told.removed
+        told.removed = msgspec.structs.replace(
+            old,
+            mode=old.mode if mode is None else stat.S_IFMT(old.mode) | mode,
+            uid=old.uid if uid is None else uid,
+            gid=old.gid if gid is None else gid,
+        )
+        return told.removed
 
     @guarded
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
@@ -273,7 +298,7 @@ class BenchfsOperations(pyfuse3.Operations):
         self._changed(parent)
         told, attrs = self._told.get(ino), self._files.known.get(ino)
         if told is not None and attrs is not None:
-            told.removed = msgspec.structs.replace(attrs, nlink=0)
+            told.removed = msgspec.structs.replace(attrs, nlink=0, ctime_ns=time.time_ns())
 
     @guarded
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
@@ -475,9 +500,10 @@ class BenchfsOperations(pyfuse3.Operations):
 
     @guarded
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
-        """List the names of extended attributes."""
+        """List the names of extended attributes; those of ``trusted.`` are root's to see (xattr(7))."""
         self._check_xattr()
-        return await self._namespace.listxattr(inode)
+        names = await self._namespace.listxattr(inode)
+        return names if ctx.uid == 0 else [name for name in names if not name.startswith(b"trusted.")]
 
     @guarded
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:

@@ -355,13 +355,13 @@ async def test_appending_handles_bypass_the_cache_and_do_the_kernels_duties(kern
             assert await again.read(100, 0) == b"12345678"
 
 
-async def test_root_keeps_set_id_bits_when_it_appends(kernel: Kernel) -> None:
+async def test_an_append_through_a_handle_that_root_opened_drops_set_id_bits(kernel: Kernel) -> None:
     async with mounted() as (ops, client, _):
         await (await client.fs.open("/f", os.O_RDWR | os.O_CREAT, 0o6755)).close()
         ino = (await client.fs.stat("/f")).ino
         info = await ops.open(ino, os.O_WRONLY | os.O_APPEND, ROOT_CTX)
         await ops.write(info.fh, 0, b"x")
-        assert stat.S_IMODE((await ops.getattr(ino, CTX)).st_mode) == 0o6755
+        assert stat.S_IMODE((await ops.getattr(ino, CTX)).st_mode) == 0o755
         await ops.release(info.fh)
 
 

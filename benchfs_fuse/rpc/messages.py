@@ -154,7 +154,8 @@ TIME_NOW = -(1 << 63) + 1
 
 
 class SetAttr(Request, frozen=True):
-    """Change attributes; None and TIME_OMIT leave them. Returns them all. ctime changes with anything.
+    """Change attributes; None and TIME_OMIT leave them. Returns them all. ctime changes with every request but one:
+    that sets a size to what it is and nothing else, as truncate(2) may; whoever wants the times set says TIME_NOW.
 
     ``size`` truncates or extends: below the old size, the chunks behind have gone on every daemon before the reply.
     """

@@ -44,9 +44,10 @@ def change(draft: Draft, inode: Inode, request: SetAttr) -> None:
         inode.uid = request.uid
     if request.gid is not None:
         inode.gid = request.gid
+    resized = request.size is not None and request.size != inode.size
     if request.size is not None:
         inode.size = request.size
-    draft.stamp(inode, data=request.size is not None)
+    draft.stamp(inode, data=resized)
     if request.atime_ns != TIME_OMIT:
         inode.atime_ns = inode.ctime_ns if request.atime_ns == TIME_NOW else request.atime_ns
     if request.mtime_ns != TIME_OMIT:
@@ -110,7 +111,7 @@ class Attributes:
             self._locks.check_exclusive(disk.key(disk.TRUNCATING, request.ino))
             if request.size < inode.size:
                 return None
-        if request != SetAttr(request.ino):
+        if request != SetAttr(request.ino, size=inode.size):
             change(draft, inode, request)
         reply = AttrsReply(inode.attrs())
         call.commit(draft, reply)

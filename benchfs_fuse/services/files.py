@@ -32,8 +32,9 @@ flushes what has been dirty for ``gather_time_s``, one for each flush that it st
 - *Touch and close.* A close waits for the touch that its reads have caused, so atime does not change after it.
 
 **Errors.** A write that is waited for raises. Gathered bytes that cannot be written are dropped; every handle that was
-open then reports it once, at its next fsync or close, and the one who mounted is told (``on_dropped``), to drop the
-kernel's pages too. The last release tells the daemon that what lies behind the size is doubtful.
+open then reports it once, at its next fsync or close, and takes no more bytes until then: whoever copies a large file
+to a full disk learns it soon. The one who mounted is told (``on_dropped``), to drop the kernel's pages too. The last
+release tells the daemon that what lies behind the size is doubtful.
 
 For whoever adds an ``await``: between it and the line before, every handle may be closed, the size may change and runs
 may come and go. Look again at what you knew.
@@ -92,12 +93,10 @@ class FilesStatistics(NamedTuple):
 class Handle:
     """Be one open file. Made by ``Files`` alone."""
 
-    def __init__(self, node: "_Node", flags: int, uid: int) -> None:
+    def __init__(self, node: "_Node", flags: int) -> None:
         self.node = node
         #: Of open(2).
         self.flags = flags
-        #: Who opened it: root's writes keep the set-user-ID bits.
-        self.uid = uid
         access = flags & os.O_ACCMODE
         self.reads = access != os.O_WRONLY
         self.writes = access != os.O_RDONLY
@@ -248,7 +247,7 @@ class Files:
         writer = flags & os.O_ACCMODE != os.O_RDONLY
         attrs = await self.namespace.open(ino, writer)
         self._count_open(ino, writer)
-        handle = self._add_handle(self.known.see(attrs), flags, uid)
+        handle = self._add_handle(self.known.see(attrs), flags)
         if flags & os.O_TRUNC:  # also of a reader, as open(2) does on Linux
             try:
                 await self.setattr(
@@ -267,15 +266,15 @@ class Files:
             parent, name, stat.S_IFREG | stat.S_IMODE(mode), uid, gid, reader=not writer, writer=writer
         )
         self._count_open(attrs.ino, writer)
-        handle = self._add_handle(self.known.see(attrs), flags, uid)
+        handle = self._add_handle(self.known.see(attrs), flags)
         handle.node.synced_once = True
         return handle
 
-    def _add_handle(self, attrs: Attrs, flags: int, uid: int) -> Handle:
+    def _add_handle(self, attrs: Attrs, flags: int) -> Handle:
         node = self._nodes.get(attrs.ino)
         if node is None:
             node = self._nodes[attrs.ino] = self._make_node(attrs)
-        handle = Handle(node, flags, uid)
+        handle = Handle(node, flags)
         node.handles.add(handle)
         return handle
 
@@ -400,6 +399,8 @@ class Files:
         if not handle.writes:
             raise BadHandle("not open for writing")
         self._check_alive(node)
+        if handle.error is not None:
+            raise handle.error
         length = len(data)
         if length == 0:
             return 0

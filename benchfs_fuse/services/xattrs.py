@@ -68,6 +68,8 @@ class Xattrs:
             inode = self._inodes.get(request.ino)
             if not request.name.startswith(_PREFIXES) and request.name not in (ACL_ACCESS, ACL_DEFAULT):
                 raise NotSupported(f"attribute {request.name!r}")
+            if request.name in _PREFIXES:
+                raise InvalidArgument(f"attribute {request.name!r}")
             if request.name != CHUNK_SIZE or not (inode.is_file or inode.is_dir):
                 raise NoAttribute(f"{request.name!r} of inode {request.ino}")
             value = b"%d" % inode.chunk_size

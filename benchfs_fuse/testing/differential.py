@@ -49,13 +49,20 @@ def _allow_now(difference: Difference) -> bool:
     return difference.field == "mtime to ctime" and "utim" in difference.call.name and difference.left == "<"
 
 
-def _allow_group_bit(difference: Difference) -> bool:
-    """Allow the set-group-ID bit of a file that its group may not execute to stay at a write.
+def _allow_set_id(difference: Difference) -> bool:
+    """Allow set-ID bits that stay or go by other rules, in what stat(2) says of the mode.
 
-    It is the FUSE kernel that leaves it (fuse_setattr of fs/fuse/dir.c) unless the file system clears bits itself.
+    The FUSE kernel leaves the set-group-ID bit of a file that its group may not execute (fuse_setattr of fs/fuse/dir.c)
+    and does not tell whose write it is that comes through a handle which bypasses its cache.
     """
-    left, right = str(difference.left), str(difference.right)
-    return "0o2" in left and left.replace("0o2", "0o") == right
+    left, right = difference.left, difference.right
+    if isinstance(left, tuple) and isinstance(right, tuple) and len(left) == len(right) > 2:
+        return left[:2] + left[3:] == right[:2] + right[3:] and _without_set_id(left[2]) == _without_set_id(right[2])
+    return difference.field == "mode" and _without_set_id(left) == _without_set_id(right)
+
+
+def _without_set_id(mode: object) -> int | None:
+    return int(mode, 8) & ~0o6000 if isinstance(mode, str) and mode.startswith("0o") else None
 
 
 def _allow_nodev(difference: Difference) -> bool:
@@ -71,7 +78,7 @@ ALLOWANCES: dict[str, Allowance] = {
     "seekdir": _allow_seekdir,
     "nodev": _allow_nodev,
     "now": _allow_now,
-    "group-bit": _allow_group_bit,
+    "set-id": _allow_set_id,
 }
 
 
