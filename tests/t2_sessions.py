@@ -212,6 +212,7 @@ async def test_goodbye_ends_a_session_and_its_records(world: World, autojump_clo
     ]
     assert world.stored(0, disk.SESSION, disk.OUTCOME, disk.WRITE_OPEN, disk.FENCED) == set()
     assert world.table(0).count(FILE) == 0 and world.connected(0) == {}
+    assert not client.links.expelled.is_set()  # it did not try to come back
 
 
 async def test_goodbye_with_files_open_for_writing_is_no_clean_end(world: World, autojump_clock: MockClock) -> None:

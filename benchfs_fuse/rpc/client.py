@@ -128,6 +128,8 @@ class Link:
         self._location: Location | None = None
         self._missing_since_s = time.time()
         self.trouble: FsError | None = None
+        #: How loudly its return is told: as its absence was.
+        self._level = logging.INFO
 
     async def call(
         self, request: Request, reply_type: type[R], payload: Buffer | None = None, into: memoryview | None = None
@@ -233,7 +235,7 @@ class Link:
     async def keep(self) -> None:
         """Keep the session with this daemon until cancelled or expelled."""
         pause_s = 0.0
-        while not self._links.expelled.is_set():
+        while not self._links.expelled.is_set() and not self._links.leaving:
             location = self._links.directory.find(self.daemon_id)
             if location != self._location:
                 pause_s, self._location = 0.0, location
@@ -249,7 +251,7 @@ class Link:
                     await self._links.directory.wait_changed(self.daemon_id, location)
                 continue
             if self.trouble is not None:
-                log.warning("%s is back after %.1f s", self.name, time.time() - self._missing_since_s)
+                log.log(self._level, "%s is there after %.1f s", self.name, time.time() - self._missing_since_s)
             pause_s, self.trouble, self._channel = 0.0, None, channel
             self.wake()
             try:
@@ -319,8 +321,8 @@ class Link:
         if known is None or type(known) is not type(trouble):
             since = time.strftime("%H:%M:%S", time.localtime(self._missing_since_s))
             # Before it was ever there, a daemon that is not registered is only late.
-            level = logging.INFO if self._location is None and self._incarnation == 0 else logging.WARNING
-            log.log(level, "%s has been missing since %s: %s", self.name, since, trouble)
+            self._level = logging.INFO if self._location is None and self._incarnation == 0 else logging.WARNING
+            log.log(self._level, "%s has been missing since %s: %s", self.name, since, trouble)
             self.wake()
 
     async def say_goodbye(self) -> None:
@@ -332,6 +334,8 @@ class Link:
             with trio.move_on_after(GOODBYE_TIMEOUT_S):
                 if not self._between_daemons:
                     await _ask(channel, Goodbye(), Done)
+        except Disconnected:
+            pass  # it is going too
         except FsError as error:
             log.warning("%s did not take our goodbye: %s", self.name, error)
         await channel.aclose()
@@ -389,6 +393,8 @@ class Links:
         #: Set when a daemon has expelled this client; every call raises Stale from then on.
         self.expelled = trio.Event()
         self.expelled_why = ""
+        #: Set by ``say_goodbye``: connections that end are not made anew.
+        self.leaving = False
         self._links = {
             daemon_id: Link(self, daemon_id)
             for daemon_id in sorted(set(shard_map.daemons) if daemons is None else set(daemons))
@@ -415,7 +421,8 @@ class Links:
             await link.wait_connected()
 
     async def say_goodbye(self) -> None:
-        """End all sessions that can be ended, within GOODBYE_TIMEOUT_S; ``run`` must be cancelled after that."""
+        """End all sessions that can be ended, within GOODBYE_TIMEOUT_S; these links are of no use after that."""
+        self.leaving = True
         async with trio.open_nursery() as nursery:
             for link in self._links.values():
                 nursery.start_soon(link.say_goodbye)
