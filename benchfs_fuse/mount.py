@@ -181,7 +181,10 @@ class Mount:
 
     async def _announce(self, session: Session) -> None:
         """Wait until the mount answers, then say so everywhere; answer questions from then on."""
-        await trio.to_thread.run_sync(os.stat, self._mountpoint, abandon_on_cancel=True)
+        try:
+            await trio.to_thread.run_sync(os.stat, self._mountpoint, abandon_on_cancel=True)
+        except OSError as error:
+            raise UserError(f"{self._mountpoint} is mounted, but does not answer: {error.strerror}") from None
         self._not_tuned = tuple(tune_kernel(self._mountpoint))
         for complaint in self._not_tuned:
             log.warning("%s", complaint)
