@@ -2,7 +2,7 @@
 
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import NamedTuple
@@ -17,9 +17,13 @@ from benchfs_fuse.model import ClientId
 from benchfs_fuse.ports import Channel, Ending, Peer, Reply
 from benchfs_fuse.rpc.memory import MemoryNetwork
 from benchfs_fuse.rpc.network import Network
+from benchfs_fuse.rpc.ucx import UcxEngine
 
 CLIENT = Peer(ClientId(11), -1, "client", 101, "boot")
 SERVER = Peer(ClientId(22), 3, "server", 202, "boot")
+
+SECRET = bytes(range(32))
+CLUSTER = b"cluster-id-16-by"
 
 SUM, READ, ERROR, WAIT, HOLD, BUG, WHO = range(1, 8)
 
@@ -103,7 +107,22 @@ async def memory_networks() -> AsyncIterator[tuple[Network, Network]]:
         yield network.node(CLIENT), network.node(SERVER)
 
 
-NETWORKS = {"memory": memory_networks}
+@asynccontextmanager
+async def ucx_networks(tls: str | None) -> AsyncIterator[tuple[Network, Network]]:
+    async with (
+        UcxEngine(CLIENT, SECRET, CLUSTER, tls=tls) as client,
+        UcxEngine(SERVER, SECRET, CLUSTER, tls=tls) as server,
+    ):
+        yield client, server
+        assert client.statistics().connections == server.statistics().connections == 0
+
+
+Networks = Callable[[], AbstractAsyncContextManager[tuple[Network, Network]]]
+NETWORKS: dict[str, Networks] = {
+    "memory": memory_networks,
+    "shm": partial(ucx_networks, None),
+    "tcp": partial(ucx_networks, "tcp"),
+}
 
 
 @pytest.fixture(params=NETWORKS)
@@ -115,10 +134,9 @@ def transport(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 async def pair(transport: str) -> AsyncIterator[Pair]:
     """Connect two ends; afterwards check that every reply was released and no handler is left."""
-    networks: AbstractAsyncContextManager[tuple[Network, Network]] = NETWORKS[transport]()
     here, there = Service(), Service()
     with trio.fail_after(60):
-        async with networks as (client_network, server_network):
+        async with NETWORKS[transport]() as (client_network, server_network):
             address = await server_network.listen(there, there.channels.append)
             client = await client_network.connect(address, here)
             yield Pair(client, there.channels[0], here, there, client_network, address)

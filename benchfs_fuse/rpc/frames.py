@@ -11,12 +11,12 @@ offset  size  field (little-endian, unsigned)
      3     1  kind: 1 request, 2 reply
      4     4  request id: chosen by the caller, unique among its unanswered requests of the connection
      8     2  request: operation; reply: status (0 is success)
-    10     2  zero
+    10     2  request: slot that takes the payload that follows; otherwise zero
     12     4  length of the body
     16     4  length of the payload inside this message
     20     4  length of the payload that follows as a message of its own
     24     4  request: room for the reply's payload; reply: zero
-    28     …  body, then inline payload; nothing behind them
+    28     …  body, then inline payload; what follows in the buffer means nothing
 ======  ====  =====================================================================================
 
 Where a payload goes follows from numbers that both ends know, never from a choice:
@@ -53,7 +53,8 @@ class Frame(NamedTuple):
     """Hold one decoded control message.
 
     ``code`` is the operation of a request and the status of a reply. ``payload`` is the inline payload, a view into
-    the decoded buffer (or empty). ``bulk`` counts the bytes of the payload that follows; ``want`` is the caller's room.
+    the decoded buffer (or empty). ``bulk`` counts the bytes of the payload that follows, into ``slot`` if it is a
+    request's; ``want`` is the caller's room.
     """
 
     kind: int
@@ -63,18 +64,19 @@ class Frame(NamedTuple):
     payload: memoryview
     bulk: int
     want: int
+    slot: int
 
 
 def encode_request(
-    request_id: int, op: int, body: bytes, payload: bytes | bytearray | memoryview | None, want: int
+    request_id: int, op: int, body: bytes, payload: bytes | bytearray | memoryview | None, want: int, slot: int = 0
 ) -> bytes:
-    """Encode a request. A ``payload`` above INLINE_MAX is only announced: the caller sends it as its own message."""
+    """Encode a request. A ``payload`` above INLINE_MAX is only announced: the caller sends it itself, to ``slot``."""
     length = len(payload) if payload is not None else 0
     assert 0 <= op <= CODE_MAX and len(body) <= BODY_MAX, f"request {op}: body of {len(body)} bytes"
     assert length <= PAYLOAD_MAX and want <= PAYLOAD_MAX, f"request {op}: payload of {length}, room for {want} bytes"
     assert not (length and want), f"request {op}: a payload both ways"
     if length > INLINE_MAX:
-        return _HEADER.pack(MAGIC, VERSION, REQUEST, request_id, op, 0, len(body), 0, length, want) + body
+        return _HEADER.pack(MAGIC, VERSION, REQUEST, request_id, op, slot, len(body), 0, length, want) + body
     header = _HEADER.pack(MAGIC, VERSION, REQUEST, request_id, op, 0, len(body), length, 0, want)
     return b"".join((header, body, payload)) if length and payload is not None else header + body
 
@@ -96,29 +98,30 @@ def encode_reply(
     return b"".join((header, body, payload)) if length and payload is not None else header + body
 
 
-def decode(message: memoryview) -> Frame:
-    """Decode one control message; ``message`` ends where it ends. Raise ProtocolError for anything else.
+def decode(buffer: memoryview) -> Frame:
+    """Decode the control message at the start of ``buffer``. Raise ProtocolError for anything else.
 
-    The frame's payload is a view: it is valid as long as the buffer under ``message`` is left alone.
+    The header says where the message ends: a receive posted in UCX does not tell. The frame's payload is a view: it is
+    valid as long as the buffer is left alone.
     """
-    if len(message) < HEADER_SIZE:
-        raise ProtocolError(f"control message of {len(message)} bytes is shorter than its header")
-    magic, version, kind, request_id, code, zero, body, inline, bulk, want = _HEADER.unpack_from(message)
-    if magic != MAGIC or version != VERSION or zero:
-        raise ProtocolError(f"control message with magic {magic:#x}, version {version}, reserved {zero}")
-    if len(message) != HEADER_SIZE + body + inline:
-        raise ProtocolError(f"control message of {len(message)} bytes announces {HEADER_SIZE + body + inline}")
+    if len(buffer) < HEADER_SIZE:
+        raise ProtocolError(f"control message of {len(buffer)} bytes is shorter than its header")
+    magic, version, kind, request_id, code, slot, body, inline, bulk, want = _HEADER.unpack_from(buffer)
+    if magic != MAGIC or version != VERSION:
+        raise ProtocolError(f"control message with magic {magic:#x} and version {version}")
     if body > BODY_MAX or inline > INLINE_MAX:
         raise ProtocolError(f"control message with a body of {body} and a payload of {inline} bytes")
+    end = HEADER_SIZE + body
+    if len(buffer) < end + inline:
+        raise ProtocolError(f"control message of {end + inline} bytes, of which {len(buffer)} came")
     if kind == REQUEST:
         if (inline and bulk) or ((inline or bulk) and want) or want > PAYLOAD_MAX:
             raise ProtocolError(f"request with payloads of {inline} and {bulk} bytes and room for {want}")
         if bulk and not INLINE_MAX < bulk <= PAYLOAD_MAX:
             raise ProtocolError(f"request followed by a payload of {bulk} bytes")
     elif kind == REPLY:
-        if want or (inline and bulk) or bulk > PAYLOAD_MAX:
-            raise ProtocolError(f"reply with payloads of {inline} and {bulk} bytes and room for {want}")
+        if want or slot or (inline and bulk) or bulk > PAYLOAD_MAX:
+            raise ProtocolError(f"reply with payloads of {inline} and {bulk} bytes, room for {want}, slot {slot}")
     else:
         raise ProtocolError(f"control message of unknown kind {kind}")
-    end = HEADER_SIZE + body
-    return Frame(kind, request_id, code, bytes(message[HEADER_SIZE:end]), message[end:], bulk, want)
+    return Frame(kind, request_id, code, bytes(buffer[HEADER_SIZE:end]), buffer[end : end + inline], bulk, want, slot)

@@ -1,0 +1,876 @@
+"""Carry requests over UCX: shared memory between processes of one node, TCP or RDMA otherwise. Only importer of ucxx.
+
+**One connection, one worker.** Every connection has a UCX worker of its own (2 ms to make, about seven descriptors;
+2 MB where it is shared memory). What that buys: an ended connection takes everything with it, every message on its
+way, every posted receive, every buffer. A delayed request of an old connection cannot reach a new one, and a dead peer
+leaves nothing behind.
+
+**Messages.** A request or reply is one control message (rpc/frames). The receiver keeps ``CONTROL_RECEIVES`` receives
+posted for them, so they land without a copy; more of them wait inside UCX. A payload above ``INLINE_MAX`` is a message
+of its own and always finds its receive posted: a request's goes into one of the other end's ``BULK_SLOTS`` buffers (the
+caller holds that slot until the reply came), a reply's goes straight to the caller's destination. So UCX never
+buffers a large message, and each end's memory per connection is bounded.
+
+==========  ==============================================================================
+tag         message (64 bits: kind in the upper 32, number in the lower)
+==========  ==============================================================================
+1, 0        control message
+2, slot     payload of the request that names this slot
+3, id       payload of the reply to the request with this id
+==========  ==============================================================================
+
+**Death.** The meeting socket tells (rpc/meeting). UCX itself then has to let go of messages that will never complete.
+What it takes, all of it tried with ``kill -9`` in the middle of transfers in both directions:
+
+- Endpoints with error handling, over shared memory too (``UCX_SYSV_ERROR_HANDLING``): without it a copy from a dead
+  process's memory ends *our* process.
+- No rendezvous over shared memory: a half-done one crashes when its worker is destroyed. Eager messages are as fast.
+- System V segments rather than POSIX ones: the kernel removes them with the last process; a killed process leaves its
+  POSIX ones in /dev/shm for ever.
+- The worker is destroyed through UCX, not through UCXX: UCXX's destructor waits for half-received messages, for ever.
+
+**Waiting.** Each connection has a task that polls its worker while anything moves and for ``spin_us`` after that, then
+arms it and sleeps on its file descriptor. A caller that is alone polls in its own call first: two scheduler passes cost
+more than a request over shared memory. Where answers take longer than that, callers soon stop trying.
+"""
+
+import ctypes
+import logging
+import mmap
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import trio
+
+from ..errors import Disconnected, NotSupported, ProtocolError, StorageError
+from ..limits import IN_FLIGHT_MAX, INLINE_MAX, PAYLOAD_MAX
+from ..model import ClientId
+from ..ports import Buffer, Channel, Ending, Handler, Peer, Reply
+from . import frames, meeting
+from .handshake import Card, Handshake, Role
+from .network import handle_now_of
+
+log = logging.getLogger(__name__)
+
+#: What UCX gets to know unless the user has said otherwise; read by UCX when it is loaded.
+ENVIRONMENT = {
+    # Host memory: UCXX's own defaults are made for GPUs.
+    "UCX_MEMTYPE_CACHE": "n",
+    "UCX_RNDV_THRESH": "auto",
+    "UCX_RNDV_FRAG_MEM_TYPE": "host",
+    # TCP's default segments halve its speed (1 MiB over loopback: 0.9 ms, with these 0.4 ms).
+    "UCX_TCP_TX_SEG_SIZE": "64k",
+    "UCX_TCP_RX_SEG_SIZE": "256k",
+    # Shared memory with error handling: see the module's docstring.
+    "UCX_SYSV_ERROR_HANDLING": "y",
+    # What fails is an exception of ours; warnings about peers that died would only disturb.
+    "UCX_LOG_LEVEL": "error",
+    "UCX_WARN_UNUSED_ENV_VARS": "n",
+}
+#: Transport for peers that share memory with us, and for all others.
+SHARED_TLS = "sysv"
+REMOTE_TLS = "^sysv,posix,cma,knem,xpmem"
+
+#: Control receives posted per connection: a burst from a busy peer; only what is used takes memory.
+CONTROL_RECEIVES = 16
+#: Large request payloads under way per connection and direction. Each may take PAYLOAD_MAX bytes at the receiver.
+BULK_SLOTS = 4
+#: Microseconds to poll after the last thing that happened, before sleeping. A wake-up costs 25-50 µs on both sides;
+#: several times that covers a peer's small operation.
+SPIN_US = 100
+#: A caller whose answer is moving (a large payload) polls on, but never keeps the process from the rest this long.
+SPIN_US_MAX = 2000
+#: Callers that polled in vain let up to this many of their successors wait without trying.
+SPIN_SKIP_MAX = 63
+#: Calls answered without a pause of their own let other tasks run after this many nanoseconds.
+YIELD_NS = 1_000_000
+#: A send that cannot go on because the peer takes nothing is polled at leisure after this many nanoseconds.
+STALL_NS = 20_000_000
+STALL_POLL_S = 0.001
+#: How often an idle worker may be found busy while it is armed on the way, before its task is woken to see to it.
+SETTLE_TRIES = 8
+#: Progress calls that let cancelled receives leave a worker before it is destroyed.
+LAST_PROGRESS = 16
+
+_CONTROL = 1 << 32
+_REQUEST_BULK = 2 << 32
+_REPLY_BULK = 3 << 32
+_CONTROL_SIZE = -(-frames.CONTROL_MAX // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+class UcxStatistics(NamedTuple):
+    """Count what an engine has done. ``spins`` counts calls answered without waiting, ``sleeps`` armed waits."""
+
+    connections: int
+    in_flight: int
+    bytes_in: int
+    bytes_out: int
+    calls: int
+    served: int
+    spins: int
+    sleeps: int
+    wakeups: int
+
+
+class _Counters:
+    """Hold the numbers behind UcxStatistics."""
+
+    __slots__ = ("bytes_in", "bytes_out", "calls", "served", "sleeps", "spins", "wakeups")
+
+    def __init__(self) -> None:
+        self.bytes_in = self.bytes_out = self.calls = self.served = 0
+        self.spins = self.sleeps = self.wakeups = 0
+
+
+class _Ucx:
+    """Hold what is used of ucxx and of UCX itself. Any: ucxx has no types."""
+
+    def __init__(self) -> None:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        import ucxx._lib.libucxx as libucxx
+        from ucxx._lib.arr import Array
+
+        self.Array: Any = Array
+        self.Context: Any = libucxx.UCXContext
+        self.Worker: Any = libucxx.UCXWorker
+        self.Endpoint: Any = libucxx.UCXEndpoint
+        self.Address: Any = libucxx.UCXAddress
+        self.Tag: Any = libucxx.UCXXTag
+        self.Error: type[Exception] = libucxx.UCXError
+        self.features = (libucxx.Feature.TAG, libucxx.Feature.WAKEUP)
+        self.control_tag: Any = libucxx.UCXXTag(_CONTROL)
+        self._destroy = ctypes.CDLL("libucp.so.0").ucp_worker_destroy  # the library that ucxx has loaded
+        self._destroy.argtypes, self._destroy.restype = [ctypes.c_void_p], None
+        self._keep = ctypes.pythonapi.Py_IncRef
+        self._keep.argtypes, self._keep.restype = [ctypes.py_object], None
+
+    def destroy(self, worker: Any) -> None:
+        """Destroy a worker with all it holds, whatever state that is in. Its UCXX shell, about 1 KB, stays for ever.
+
+        The shell's destructor must not run: it works on the worker first. It owns one file descriptor besides.
+        """
+        descriptor = worker.epoll_file_descriptor
+        self._keep(worker)
+        self._destroy(worker.handle)
+        os.close(descriptor)
+
+
+class _Call:
+    """Hold one unanswered request. ``into`` and ``payload`` stay referenced until UCX is through with them."""
+
+    __slots__ = ("done", "event", "frame", "into", "landing", "reply", "slot", "want")
+
+    def __init__(self, into: memoryview | None, want: int, landing: Any, slot: int) -> None:
+        self.into = into
+        self.want = want
+        #: The posted receive of the reply's payload, None where it comes inline.
+        self.landing = landing
+        #: The slot of the request's payload, -1 without one.
+        self.slot = slot
+        self.frame: frames.Frame | None = None
+        self.reply: Reply | None = None
+        self.done = False
+        self.event: trio.Event | None = None
+
+
+class _Slot:
+    """Hold one buffer for a request's payload, its posted receive, and the request that waits for it or uses it."""
+
+    __slots__ = ("array", "frame", "receive", "tag", "view")
+
+    def __init__(self, view: memoryview, array: Any, tag: Any) -> None:
+        self.view = view
+        self.tag = tag
+        self.array = array
+        self.receive: Any = None
+        self.frame: frames.Frame | None = None
+
+
+async def refuse(channel: Channel, op: int, body: bytes, payload: memoryview | None, want: int) -> Reply:
+    """Serve nothing: what a connecting side answers that gave no handler."""
+    return Reply(NotSupported.status, b"")
+
+
+class UcxChannel:
+    """Be one end of a connection; see ports.Channel. Made by UcxEngine."""
+
+    def __init__(self, engine: "UcxEngine", peer: Peer, handler: Handler, transport: str, worker: Any) -> None:
+        self._engine = engine
+        self._ucx = engine.ucx
+        self._counters = engine.counters
+        self._peer = peer
+        self._handler = handler
+        self._handle_now = handle_now_of(handler)
+        self._transport = transport
+        self._worker = worker
+        self._endpoint: Any = None
+        self._stream: trio.SocketStream | None = None
+        # The life of the connection.
+        self._ending: Ending | None = None
+        self._ended = trio.Event()
+        self._gone = trio.Event()
+        self._scope = trio.CancelScope()
+        self._nursery: trio.Nursery | None = None
+        self._asleep: trio.CancelScope | None = None
+        # What this end asks.
+        self._calls: dict[int, _Call] = {}
+        self._room = trio.Semaphore(IN_FLIGHT_MAX)
+        self._bulk_room = trio.Semaphore(BULK_SLOTS)
+        self._bulk_free = list(range(BULK_SLOTS))
+        self._request_id = 0
+        self._landing: list[_Call] = []
+        self._spin_misses = 0
+        self._spin_skip = 0
+        # What this end serves.
+        self._serving = 0
+        self._filling: list[_Slot] = []
+        # What UCX works on: sends with their buffers and what to do when they are out; receives of control messages.
+        self._sends: list[tuple[Any, Any, Callable[[], None] | None]] = []
+        memory = memoryview(mmap.mmap(-1, CONTROL_RECEIVES * _CONTROL_SIZE + BULK_SLOTS * PAYLOAD_MAX))
+        pieces = [memory[i * _CONTROL_SIZE :][:_CONTROL_SIZE] for i in range(CONTROL_RECEIVES)]
+        self._control: deque[tuple[memoryview, Any, Any]] = deque(
+            (piece, self._ucx.Array(piece), None) for piece in pieces
+        )
+        bulk = memory[CONTROL_RECEIVES * _CONTROL_SIZE :]
+        views = [bulk[i * PAYLOAD_MAX :][:PAYLOAD_MAX] for i in range(BULK_SLOTS)]
+        self._bulk = [
+            _Slot(view, self._ucx.Array(view), self._ucx.Tag(_REQUEST_BULK | i)) for i, view in enumerate(views)
+        ]
+
+    @property
+    def peer(self) -> Peer:
+        """Return who is at the other end."""
+        return self._peer
+
+    @property
+    def transport(self) -> str:
+        """Name what carries the bytes: ``shm``, ``tcp`` or ``rdma``."""
+        return self._transport
+
+    @property
+    def in_flight(self) -> int:
+        """Return how many requests of this end have no reply yet, those whose callers gave up included."""
+        return len(self._calls)
+
+    async def call(self, op: int, body: bytes, payload: Buffer | None = None, into: memoryview | None = None) -> Reply:
+        """Send one request, wait for its reply; see ports.Channel.
+
+        Does not yield where the reply is there at once, but for once in a millisecond.
+        """
+        await self._take(self._room)
+        bulk = payload is not None and len(payload) > INLINE_MAX
+        if bulk:
+            try:
+                await self._take(self._bulk_room)
+            except BaseException:
+                self._room.release()
+                raise
+        if self._ending is not None:
+            self._give_back(bulk)
+            raise Disconnected(f"the connection to {self._peer.host} has ended: {self._ending.value}")
+        engine = self._engine
+        engine.waiting += 1
+        try:
+            call = self._start(op, body, payload, into, bulk)
+            if engine.waiting == 1 and not call.done:
+                self._spin(call)
+            if not call.done:
+                call.event = trio.Event()  # before settling, which may find the reply
+                self._settle()
+                await call.event.wait()
+            elif time.perf_counter_ns() - engine.yielded_ns > YIELD_NS:
+                await trio.lowlevel.checkpoint()
+                engine.yielded_ns = time.perf_counter_ns()
+        finally:
+            engine.waiting -= 1
+        if call.reply is None:
+            raise Disconnected(f"the connection to {self._peer.host} ended while request {op} was under way")
+        return call.reply
+
+    async def wait_closed(self) -> Ending:
+        """Wait until the connection has ended; return why."""
+        await self._ended.wait()
+        assert self._ending is not None
+        return self._ending
+
+    async def aclose(self) -> None:
+        """End the connection and wait until none of its requests is being served and UCX has let go of all buffers."""
+        self._end(Ending.LOCAL)
+        await self._gone.wait()
+
+    # Calls: this end asks.
+
+    async def _take(self, room: trio.Semaphore) -> None:
+        """Take a place, without a scheduler pass where one is free."""
+        try:
+            room.acquire_nowait()
+        except trio.WouldBlock:
+            await room.acquire()
+
+    def _give_back(self, bulk: bool) -> None:
+        self._room.release()
+        if bulk:
+            self._bulk_room.release()
+
+    def _start(self, op: int, body: bytes, payload: Buffer | None, into: memoryview | None, bulk: bool) -> _Call:
+        """Post the receive for the reply's payload, send the request and its payload."""
+        want = len(into) if into is not None else 0
+        slot = self._bulk_free.pop() if bulk else -1
+        request_id = self._request_id
+        while request_id in self._calls:
+            request_id = (request_id + 1) & frames.REQUEST_ID_MAX
+        self._request_id = (request_id + 1) & frames.REQUEST_ID_MAX
+        message = frames.encode_request(request_id, op, body, payload, want, max(slot, 0))
+        landing = None
+        if want > INLINE_MAX:
+            landing = self._worker.tag_recv(self._ucx.Array(into), self._ucx.Tag(_REPLY_BULK | request_id))
+        call = self._calls[request_id] = _Call(into, want, landing, slot)
+        self._counters.calls += 1
+        self._send(message, self._ucx.control_tag)
+        if bulk:
+            self._send(payload, self._ucx.Tag(_REQUEST_BULK | slot))
+        return call
+
+    def _spin(self, call: _Call) -> None:
+        """Poll for the reply in the caller's own time, where that has been worth it lately."""
+        spin_ns = self._engine.spin_ns
+        if not spin_ns:
+            return
+        if self._spin_skip:
+            self._spin_skip -= 1
+            return
+        now = time.perf_counter_ns()
+        last, end = now + spin_ns, now + SPIN_US_MAX * 1000
+        while not call.done and self._ending is None:
+            now = time.perf_counter_ns()
+            if self._poll():
+                last = now + spin_ns
+            elif now > last or now > end:
+                self._spin_misses = min(2 * self._spin_misses + 1, SPIN_SKIP_MAX)
+                self._spin_skip = self._spin_misses
+                return
+        self._spin_misses = 0
+        self._counters.spins += 1
+        self._settle()
+
+    def _on_reply(self, frame: frames.Frame) -> None:
+        call = self._calls.get(frame.request_id)
+        if call is None or call.frame is not None:
+            raise ProtocolError(f"reply to request {frame.request_id}, which is not under way")
+        if len(frame.payload) + frame.bulk > (call.want or INLINE_MAX):
+            raise ProtocolError(f"reply of {len(frame.payload) + frame.bulk} bytes where {call.want} have room")
+        if call.landing is None and frame.bulk:
+            raise ProtocolError("reply followed by a payload that nobody expects")
+        call.frame = frame
+        if call.landing is None:
+            received = len(frame.payload)
+            if call.want and call.into is not None:
+                call.into[:received] = frame.payload
+                call.reply = Reply(frame.code, frame.body, None, received)
+            else:
+                call.reply = Reply(frame.code, frame.body, bytes(frame.payload) or None)
+            self._finish(frame.request_id, call)
+        elif call.landing.completed:
+            self._on_landed(call)
+        else:
+            self._landing.append(call)
+
+    def _on_landed(self, call: _Call) -> None:
+        """Complete a call whose reply and payload are both there."""
+        frame = call.frame
+        assert frame is not None
+        call.landing.check_error()
+        self._counters.bytes_in += frame.bulk
+        call.reply = Reply(frame.code, frame.body, None, frame.bulk)
+        self._finish(frame.request_id, call)
+
+    def _finish(self, request_id: int, call: _Call) -> None:
+        """Let the caller go on, with a reply or, at the end of the connection, without."""
+        del self._calls[request_id]
+        if call.slot >= 0:
+            self._bulk_free.append(call.slot)
+        self._give_back(call.slot >= 0)
+        call.done = True
+        if call.event is not None:
+            call.event.set()
+
+    # Serving: the other end asks.
+
+    def _on_request(self, frame: frames.Frame) -> None:
+        self._serving += 1
+        if self._serving > IN_FLIGHT_MAX:
+            raise ProtocolError(f"more than {IN_FLIGHT_MAX} requests under way")
+        if not frame.bulk:
+            self._dispatch(frame, frame.payload if len(frame.payload) else None, None)
+            return
+        slot = self._bulk[frame.slot] if frame.slot < BULK_SLOTS else None
+        if slot is None or slot.frame is not None:
+            raise ProtocolError(f"request with its payload in slot {frame.slot}, which is taken or does not exist")
+        slot.frame = frame
+        if slot.receive.completed:
+            self._on_filled(slot)
+        else:
+            self._filling.append(slot)
+
+    def _on_filled(self, slot: _Slot) -> None:
+        """Serve a request whose payload is there."""
+        frame = slot.frame
+        assert frame is not None
+        slot.receive.check_error()
+        self._counters.bytes_in += frame.bulk
+        self._dispatch(frame, slot.view[: frame.bulk], slot)
+
+    def _dispatch(self, frame: frames.Frame, payload: memoryview | None, slot: _Slot | None) -> None:
+        """Have the handler serve a request: at once if it can, otherwise in a task."""
+        if self._handle_now is not None:
+            try:
+                reply = self._handle_now(self, frame.code, frame.body, payload, frame.want)
+            except Exception:
+                log.exception("request %d: the handler failed", frame.code)
+                reply = Reply(StorageError.status, b"")
+            if reply is not None:
+                self._answer(frame, reply, slot)
+                return
+        if payload is not None and slot is None:
+            payload = memoryview(bytes(payload))  # it lies in a control buffer, which is needed for the next message
+        assert self._nursery is not None
+        self._nursery.start_soon(self._serve, frame, payload, slot)
+
+    async def _serve(self, frame: frames.Frame, payload: memoryview | None, slot: _Slot | None) -> None:
+        try:
+            reply = await self._handler(self, frame.code, frame.body, payload, frame.want)
+        except Exception:
+            log.exception("request %d: the handler failed", frame.code)
+            reply = Reply(StorageError.status, b"")
+        self._answer(frame, reply, slot)
+        self._settle()
+
+    def _answer(self, frame: frames.Frame, reply: Reply, slot: _Slot | None) -> None:
+        """Send the reply and its payload, once the request's slot is free again; release the payload when it is out."""
+        self._serving -= 1
+        if self._ending is not None:
+            if reply.release is not None:
+                reply.release()
+            return
+        self._counters.served += 1
+        if slot is not None:
+            self._post_slot(slot)
+        status, body, payload, _, release = reply
+        try:
+            message = frames.encode_reply(frame.request_id, status, body, payload, frame.want)
+        except AssertionError:
+            log.exception("request %d: the handler's reply is not allowed", frame.code)
+            payload = None
+            message = frames.encode_reply(frame.request_id, StorageError.status, b"", None, frame.want)
+        if frame.want > INLINE_MAX:
+            tag = self._ucx.Tag(_REPLY_BULK | frame.request_id)
+            self._send(payload if payload is not None else b"", tag, release)
+        self._send(message, self._ucx.control_tag)
+        if frame.want <= INLINE_MAX and release is not None:
+            release()
+
+    # UCX.
+
+    def _send(self, data: Buffer | None, tag: Any, release: Callable[[], None] | None = None) -> None:
+        """Start sending; keep the buffer until it is out, then call ``release``. What fails ends the connection."""
+        array = self._ucx.Array(data)
+        self._counters.bytes_out += array.nbytes
+        try:
+            request = self._endpoint.tag_send(array, tag)
+            if not request.completed:
+                self._sends.append((request, array, release))
+                return
+            request.check_error()
+        except self._ucx.Error:
+            self._fail()
+        if release is not None:
+            release()
+
+    def _fail(self) -> None:
+        """End the connection because UCX failed. Only the meeting socket says whether the peer is dead for certain."""
+        self._end(meeting.is_over(self._need_stream()) or Ending.SILENCE)
+
+    def _post_slot(self, slot: _Slot) -> None:
+        slot.frame = None
+        slot.receive = self._worker.tag_recv(slot.array, slot.tag)
+
+    def _poll(self) -> bool:
+        """Let UCX work and take what it has for us. Return whether anything happened."""
+        if self._ending is not None:
+            return False
+        progress = self._worker.progress_once
+        if not progress():
+            return False
+        while progress():
+            pass
+        try:
+            self._reap()
+        except ProtocolError as error:
+            log.warning("giving up the connection to %s: %s", self._peer.host, error)
+            self._end(Ending.PROTOCOL)
+        except self._ucx.Error:
+            self._fail()
+        return True
+
+    def _reap(self) -> None:
+        """Take every completed receive and send."""
+        control = self._control
+        while self._ending is None:
+            view, array, receive = control[0]
+            if not receive.completed:
+                break
+            receive.check_error()
+            frame = frames.decode(view)
+            self._counters.bytes_in += frames.HEADER_SIZE + len(frame.body) + len(frame.payload)
+            if frame.kind == frames.REPLY:
+                self._on_reply(frame)
+            else:
+                self._on_request(frame)
+            control.popleft()
+            control.append((view, array, self._worker.tag_recv(array, self._ucx.control_tag)))
+        if self._filling:
+            filled = [slot for slot in self._filling if slot.receive.completed]
+            if filled:
+                self._filling = [slot for slot in self._filling if slot not in filled]
+                for slot in filled:
+                    self._on_filled(slot)
+        if self._landing:
+            landed = [call for call in self._landing if call.landing.completed]
+            if landed:
+                self._landing = [call for call in self._landing if call not in landed]
+                for call in landed:
+                    self._on_landed(call)
+        if self._sends:
+            self._reap_sends()
+
+    def _reap_sends(self) -> None:
+        sends, self._sends = self._sends, []
+        for send in sends:
+            request, _, release = send
+            if not request.completed:
+                self._sends.append(send)
+            else:
+                if release is not None:
+                    release()
+                request.check_error()
+
+    def _settle(self) -> None:
+        """See to it that the sleeping task will be woken, after somebody else has used the worker.
+
+        Polling takes the events that the task's file descriptor was to tell: it has to be armed again.
+        """
+        if self._asleep is None or self._ending is not None:
+            return
+        for _ in range(SETTLE_TRIES):
+            if self._worker.arm():
+                return
+            self._poll()
+        self._asleep.cancel()
+
+    # The life of the connection.
+
+    def attach(self, address: bytes) -> None:
+        """Make the endpoint to the other end's worker and post all receives. Raise Disconnected if UCX cannot."""
+        try:
+            there = self._ucx.Address.create_from_buffer(address)
+            self._endpoint = self._ucx.Endpoint.create_from_worker_address(self._worker, there, True)
+        except self._ucx.Error as error:
+            raise Disconnected(f"UCX cannot reach {self._peer.host}: {error}") from error
+        self._control = deque(
+            (view, array, self._worker.tag_recv(array, self._ucx.control_tag)) for view, array, _ in self._control
+        )
+        for slot in self._bulk:
+            self._post_slot(slot)
+
+    async def run(
+        self,
+        stream: trio.SocketStream,
+        on_connect: Callable[[Channel], None] | None,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Keep the connection going until it ends; return when nothing of it is left."""
+        self._stream = stream
+        try:
+            async with trio.open_nursery() as self._nursery:
+                try:
+                    with self._scope:
+                        async with trio.open_nursery() as nursery:
+                            if on_connect is not None:
+                                on_connect(self)
+                            nursery.start_soon(self._watch)
+                            nursery.start_soon(self._progress)
+                            task_status.started()
+                finally:
+                    # Neither our callers nor the peer have to wait for what we still serve.
+                    self._end(Ending.LOCAL)
+                    self.let_go()
+                    stream.socket.close()
+                    self._nursery.cancel_scope.cancel()
+        finally:
+            self._engine.forget(self)
+            self._gone.set()
+
+    def _need_stream(self) -> trio.SocketStream:
+        assert self._stream is not None
+        return self._stream
+
+    async def _watch(self) -> None:
+        self._end(await meeting.wait_end(self._need_stream()))
+
+    async def _progress(self) -> None:
+        """Poll while anything moves and a little longer; then sleep until UCX has something."""
+        engine, worker, counters = self._engine, self._worker, self._counters
+        active_ns = time.perf_counter_ns()
+        while True:
+            now = engine.yielded_ns = time.perf_counter_ns()
+            if self._poll():
+                active_ns = now
+            elif now - active_ns >= engine.spin_ns and worker.arm():
+                counters.sleeps += 1
+                with trio.CancelScope() as self._asleep:
+                    await trio.lowlevel.wait_readable(worker.epoll_file_descriptor)
+                self._asleep = None
+                counters.wakeups += 1
+                active_ns = time.perf_counter_ns()
+                continue
+            elif self._sends and now - active_ns > STALL_NS:
+                await trio.sleep(STALL_POLL_S)  # shared memory has no event for room in the peer's queue
+                continue
+            await trio.lowlevel.checkpoint()
+
+    def _end(self, ending: Ending) -> None:
+        """Decide that the connection is over; ``run`` does the rest."""
+        if self._ending is None:
+            self._ending = ending
+            self._ended.set()
+            self._scope.cancel()
+
+    def let_go(self) -> None:
+        """Make UCX let go of everything, whatever became of the peer, then fail the calls under way.
+
+        Dropping a receive cancels it. What the peer has left half done stays in the worker, and goes with it.
+        """
+        sends, calls = self._sends, list(self._calls.items())
+        arrays = [array for _, array, _ in [*sends, *self._control]] + [slot.array for slot in self._bulk]
+        releases = [release for _, _, release in sends if release is not None]
+        del sends
+        self._sends, self._landing, self._filling = [], [], []
+        self._control.clear()
+        for slot in self._bulk:
+            slot.receive = None
+        self._bulk.clear()
+        for _, call in calls:
+            call.landing = None
+        for _ in range(LAST_PROGRESS):
+            self._worker.progress_once()
+        if self._endpoint is not None:
+            self._endpoint.close_blocking()  # by force, as it has error handling: waits for nobody
+            self._endpoint = None
+        self._ucx.destroy(self._worker)
+        del arrays
+        for release in releases:
+            release()
+        for request_id, call in calls:
+            self._finish(request_id, call)
+
+
+class UcxEngine:
+    """Make connections over UCX, one engine per process. An async context manager; see rpc.network.Network.
+
+    ``peer`` is how the others see this process. ``tls`` and ``net_devices`` override UCX_TLS and UCX_NET_DEVICES; with
+    either of ``tls`` and UCX_TLS set, that alone decides and shared memory is never chosen by itself. ``lease_s``
+    bounds how long the silence of a peer's kernel goes unnoticed. ``spin_us`` is how long to poll before sleeping, 0 is
+    never, None is what suits this machine.
+    """
+
+    def __init__(
+        self,
+        peer: Peer,
+        secret: bytes,
+        cluster_id: bytes,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        tls: str | None = None,
+        net_devices: str | None = None,
+        lease_s: float = 60.0,
+        spin_us: int | None = None,
+    ) -> None:
+        self.peer = peer
+        self.ucx = _Ucx()
+        self.counters = _Counters()
+        #: Callers inside ``call``: one that is alone may poll.
+        self.waiting = 0
+        #: When other tasks last got their turn.
+        self.yielded_ns = 0
+        #: On a single processor polling keeps the answer from being made.
+        self.spin_ns = (SPIN_US if spin_us is None else spin_us) * 1000 if len(os.sched_getaffinity(0)) > 1 else 0
+        self._secret = secret
+        self._cluster_id = cluster_id
+        self._host = host
+        self._port = port
+        self._tls = tls or os.environ.get("UCX_TLS")
+        self._net_devices = net_devices
+        self._lease_s = lease_s
+        self._shares = "" if self._tls else meeting.shares_of_this_process()
+        self._contexts: dict[bool, Any] = {}
+        self._channels: set[UcxChannel] = set()
+        self._nursery: trio.Nursery | None = None
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        self._nursery = await self._stack.enter_async_context(trio.open_nursery())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        assert self._nursery is not None
+        self._nursery.cancel_scope.cancel()
+        return bool(await self._stack.__aexit__(kind, error, traceback))
+
+    def statistics(self) -> UcxStatistics:
+        """Return what this engine has done so far."""
+        counters = self.counters
+        return UcxStatistics(
+            len(self._channels),
+            sum(channel.in_flight for channel in self._channels),
+            *(counters.bytes_in, counters.bytes_out, counters.calls, counters.served),
+            *(counters.spins, counters.sleeps, counters.wakeups),
+        )
+
+    async def listen(
+        self,
+        handler: Handler,
+        on_connect: Callable[[Channel], None] | None = None,
+        *,
+        host: str | None = None,
+        port: int | None = None,
+    ) -> str:
+        """Accept connections from now on; return the address for ``connect``. Raise Disconnected if it cannot."""
+        host = self._host if host is None else host
+        try:
+            listener, *others = await trio.open_tcp_listeners(self._port if port is None else port, host=host)
+        except OSError as error:
+            raise Disconnected(f"cannot listen at {host}: {error}") from error
+        for other in others:
+            await other.aclose()
+
+        async def meet(stream: trio.SocketStream) -> None:
+            made = _Meeting(self, Role.SERVER, handler)
+            try:
+                await meeting.receive(stream, made.handshake, made.answer, self._lease_s)
+            except BaseException:
+                made.abandon()
+                raise
+            await self._begin(made, stream, on_connect)
+
+        assert self._nursery is not None, "use the engine as an async context manager"
+        self._nursery.start_soon(meeting.receive_callers, listener, meet)
+        return meeting.join_address(host, listener.socket.getsockname()[1])
+
+    async def connect(self, address: str, handler: Handler | None = None) -> Channel:
+        """Connect to an address that ``listen`` returned; see rpc.network.Network."""
+        made = _Meeting(self, Role.CLIENT, handler or refuse)
+        try:
+            stream = await meeting.call_on(address, made.handshake, made.answer, self._lease_s)
+        except BaseException:
+            made.abandon()
+            raise
+        return await self._begin(made, stream, None)
+
+    async def _begin(
+        self, made: "_Meeting", stream: trio.SocketStream, on_connect: Callable[[Channel], None] | None
+    ) -> Channel:
+        """Set a connection going whose ends have met."""
+        channel = made.channel
+        assert channel is not None and self._nursery is not None
+        self._channels.add(channel)
+        with trio.CancelScope(shield=True):  # only until its task runs: that cleans up
+            await self._nursery.start(channel.run, stream, on_connect)
+        return channel
+
+    def handshake(self, role: Role) -> Handshake:
+        """Begin a handshake for one connection; for the classes of this module."""
+        card = self.card(b"") if role is Role.CLIENT else None
+        return Handshake(role, self._secret, self._cluster_id, card)
+
+    def card(self, address: bytes) -> Card:
+        """Say who we are; for the classes of this module."""
+        client_id, daemon_id, host, pid, boot_id = self.peer
+        return Card(client_id, daemon_id, host, pid, boot_id, self._shares, address)
+
+    def make_channel(self, card: Card, handler: Handler) -> tuple[UcxChannel, bytes]:
+        """Make this end of a connection, with a worker that both ends can use, and return the worker's address."""
+        shared = bool(self._shares) and card.shares == self._shares
+        context = self._contexts.get(shared)
+        try:
+            if context is None:
+                context = self._contexts[shared] = self._make_context(shared)
+            worker = self.ucx.Worker(context)
+            worker.init_blocking_progress_mode()
+            address = bytes(worker.address)
+        except self.ucx.Error as error:
+            raise Disconnected(f"UCX: {error}") from error
+        peer = Peer(ClientId(card.client_id), card.daemon_id, card.host, card.pid, card.boot_id)
+        return UcxChannel(self, peer, handler, _transport_of(context), worker), address
+
+    def _make_context(self, shared: bool) -> Any:
+        """Make the UCX context for peers that share memory with us, or for all others."""
+        if shared:
+            return self.ucx.Context({"TLS": SHARED_TLS, "RNDV_THRESH": "inf"}, feature_flags=self.ucx.features)
+        options = {"TLS": self._tls or REMOTE_TLS}
+        if self._net_devices:
+            options["NET_DEVICES"] = self._net_devices
+        return self.ucx.Context(options, feature_flags=self.ucx.features)
+
+    def forget(self, channel: UcxChannel) -> None:
+        """Drop a connection that has ended; for the classes of this module."""
+        self._channels.discard(channel)
+
+
+class _Meeting:
+    """Give one handshake what it needs from UCX: a worker's address, then an endpoint to the other one."""
+
+    def __init__(self, engine: UcxEngine, role: Role, handler: Handler) -> None:
+        self.handshake = engine.handshake(role)
+        self.channel: UcxChannel | None = None
+        self._engine = engine
+        self._role = role
+        self._handler = handler
+        self._attached = False
+
+    async def answer(self, handshake: Handshake) -> None:
+        """Do what the handshake needs now."""
+        if handshake.peer is not None and self.channel is None:
+            self.channel, address = self._engine.make_channel(handshake.peer, self._handler)
+            if self._role is Role.CLIENT:
+                handshake.give_address(address)
+            else:
+                handshake.give_card(self._engine.card(address))
+        if handshake.address is not None and self.channel is not None and not self._attached:
+            self.channel.attach(handshake.address)
+            self._attached = True
+            if self._role is Role.SERVER:
+                handshake.give_ready()
+
+    def abandon(self) -> None:
+        """Give back what was made for a connection that did not come about."""
+        if self.channel is not None:
+            self.channel.let_go()
+
+
+def _transport_of(context: Any) -> str:
+    """Name what a context's connections go over, from the resources that UCX lists: ``… -- rc_mlx5/mlx5_0:1``."""
+    found = set(re.findall(r"-- (\w+)/", context.info))
+    if "sysv" in found:
+        return "shm"
+    return "rdma" if any(name.startswith(("rc", "dc", "ud")) for name in found) else "tcp"
