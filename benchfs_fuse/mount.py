@@ -24,7 +24,7 @@ import trio
 from . import __version__, config, control, fuse, kernel_mounts
 from .client import Session, open_session
 from .errors import FsError, UserError
-from .processes import identify
+from .processes import alive, identify
 from .rpc.messages import StatusReply
 from .services.parallel import each
 
@@ -54,25 +54,35 @@ class MountOptions(NamedTuple):
 def prepare_mountpoint(mountpoint: Path, registry: Path) -> Path:
     """Check a mount point, clean up what a dead mount left there, return its plain path. UserError if it won't do."""
     path = kernel_mounts.plain_path(mountpoint)
-    mounted = kernel_mounts.find(path)
+    while kernel_mounts.is_benchfs(kernel_mounts.find(path)):
+        if _is_served(path):
+            raise UserError(f"{path} is mounted already; unmount it first: benchfs umount {path}")
+        log.warning("%s was left broken by a dead mount: cleaning up", path)
+        _detach(path)
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: make the directory first") from None
     except OSError as error:
-        if not kernel_mounts.is_benchfs(mounted):
-            raise UserError(f"cannot use {path}: {error.strerror}") from None
-        log.warning("%s was left broken by a dead mount (%s): cleaning up", path, error.strerror)
-        _detach(path)
-        return prepare_mountpoint(mountpoint, registry)
-    if kernel_mounts.is_benchfs(mounted):
-        raise UserError(f"{path} is mounted already; unmount it first: benchfs umount {path}")
+        raise UserError(f"cannot use {path}: {error.strerror}") from None
     if not stat.S_ISDIR(mode):
         raise UserError(f"{path} is not a directory")
     path = path.resolve()
     if registry.resolve().is_relative_to(path):
         raise UserError(f"the registry {registry} lies inside the mount point {path}, where it would be hidden")
     return path
+
+
+def _is_served(path: Path) -> bool:
+    """Tell whether a process still serves a mount of ours: by its record, else by asking what no cache answers."""
+    record = control.read_record(path)
+    if record is not None:
+        return alive(record.process)
+    try:
+        os.statvfs(path)
+    except OSError:
+        return False
+    return True
 
 
 def _detach(path: Path) -> None:
@@ -226,6 +236,9 @@ class Mount:
         self, question: control.Question, send: Callable[[control.Report], Awaitable[None]], session: Session
     ) -> None:
         """Answer one question of the control socket."""
+        if question.command == "layout":
+            await send(await self._tell_layout(session, question.ino))
+            return
         if question.command != "drain":
             daemons = await self._daemons(session) if question.command == "status" else ()
             await send(self._report(session, done=True, daemons=daemons))
@@ -261,6 +274,13 @@ class Mount:
             self._not_tuned,
             daemons,
         )
+
+    async def _tell_layout(self, session: Session, ino: int) -> control.Report:
+        report = self._report(session, done=True)
+        try:
+            return msgspec.structs.replace(report, layout=await _layout(session, ino))
+        except FsError as error:
+            return msgspec.structs.replace(report, trouble=str(error))
 
     async def _daemons(self, session: Session) -> tuple[control.DaemonReport, ...]:
         """Ask every daemon how it is; one that does not answer at once is reported without its own words."""

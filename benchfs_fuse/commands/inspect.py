@@ -47,7 +47,7 @@ def status(mountpoint: Path, as_json: bool) -> int:
 
 
 def _show(record: control.MountRecord, report: control.Report) -> None:
-    console = Console()
+    console = Console(soft_wrap=True)
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.since_s))
     console.print(f"{record.mountpoint}  cluster {record.cluster_id}, benchfs {report.version}, since {since}")
     console.print(
@@ -59,7 +59,7 @@ def _show(record: control.MountRecord, report: control.Report) -> None:
         console.print(f"  [red]expelled: {report.expelled}; its open files are lost: unmount and mount again")
     for complaint in report.not_tuned:
         console.print(f"  [yellow]not tuned: {complaint}")
-    table = Table("daemon", "address", "state", "transport", "version", "free", "of", "sessions", "in flight")
+    table = Table("daemon", "address", "state", "via", "version", "free", "of", "sessions", "in flight", box=None)
     for daemon in report.daemons:
         said: dict[str, Any] = daemon.status or {}
         usage = said.get("usage", [])
