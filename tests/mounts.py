@@ -1,8 +1,9 @@
 """Where the tests of a mounted file system find it.
 
 `mountpoint` is a directory on the file system under test, empty and open to everybody; `mountpoint2` the same directory
-through a second mount of the same cluster. BENCHFS_TEST_DIR names the directory (BENCHFS_TEST_DIR2 the same through the
-second mount); without it, both are one directory on tmpfs, which holds whatever POSIX promises.
+through a second mount of the same cluster. The cluster (two daemons) and its mounts run for the whole session.
+BENCHFS_TEST_DIR names another place to test, BENCHFS_TEST_DIR2 the same through another mount: so the suite can be
+tried on tmpfs, which holds whatever POSIX promises.
 """
 
 import os
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cluster import Cluster, running_cluster
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -22,17 +24,41 @@ def _fresh(parent: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def session_cluster() -> Iterator[Cluster]:
+    """Run a cluster for the tests that leave it as they found it."""
+    with running_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def first_mount(request: pytest.FixtureRequest) -> Path:
+    """Give a place on the file system under test."""
+    if place := os.environ.get("BENCHFS_TEST_DIR"):
+        return Path(place)
+    cluster: Cluster = request.getfixturevalue("session_cluster")
+    return cluster.mount().mountpoint
+
+
+@pytest.fixture(scope="session")
+def second_mount(request: pytest.FixtureRequest, first_mount: Path) -> Path:
+    """Give the same place through another mount."""
+    if "BENCHFS_TEST_DIR" in os.environ:
+        return Path(os.environ.get("BENCHFS_TEST_DIR2", first_mount))
+    cluster: Cluster = request.getfixturevalue("session_cluster")
+    return cluster.mount().mountpoint
+
+
 @pytest.fixture
-def mountpoint() -> Iterator[Path]:
-    path = _fresh(Path(os.environ.get("BENCHFS_TEST_DIR", SHARED_MEMORY)))
+def mountpoint(first_mount: Path) -> Iterator[Path]:
+    path = _fresh(first_mount)
     yield path
     shutil.rmtree(path)
 
 
 @pytest.fixture
-def mountpoint2(mountpoint: Path) -> Path:
-    second = os.environ.get("BENCHFS_TEST_DIR2")
-    return Path(second) / mountpoint.name if second else mountpoint
+def mountpoint2(mountpoint: Path, second_mount: Path) -> Path:
+    return second_mount / mountpoint.name
 
 
 @pytest.fixture
