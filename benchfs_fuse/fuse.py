@@ -27,7 +27,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
-from .errors import BadHandle, Exists, FsError, NoAttribute, NotADirectory, NotSupported, Stale
+from .errors import BadHandle, Exists, FsError, NoAttribute, NotADirectory, NotFound, NotSupported, Stale
 from .limits import MIB, NAME_MAX
 from .model import ROOT_INO, Attrs
 from .rpc.messages import TIME_NOW, TIME_OMIT
@@ -95,7 +95,7 @@ def guarded(handler: H) -> H:
 class _Told:
     """Remember what the kernel was told about one inode that it holds; gone when it forgets the inode."""
 
-    __slots__ = ("absent", "attrs_epoch", "data_epoch", "removed")
+    __slots__ = ("absent", "attrs_epoch", "data_epoch", "gone", "removed")
 
     def __init__(self) -> None:
         #: Epochs of the attributes that it has, and of the file data that it may have.
@@ -105,6 +105,8 @@ class _Told:
         self.absent: dict[bytes, int] = {}
         #: Attributes of an inode that we removed: what somebody who is still in there gets to see.
         self.removed: Attrs | None = None
+        #: A directory that somebody else removed, as the kernel was told by ESTALE.
+        self.gone = False
 
 
 class _Listing:
@@ -113,6 +115,8 @@ class _Listing:
     def __init__(self, ino: int) -> None:
         self.ino = ino
         self.page: Page | None = None
+        #: The page was fetched to open the directory, and nobody has read it yet.
+        self.unread = True
         #: Position before the page, and when it was fetched (trio time).
         self.start = 0
         self.fetched_s = 0.0
@@ -187,7 +191,23 @@ class BenchfsOperations(pyfuse3.Operations):
             if not parent:
                 raise NotADirectory(f"inode {parent_inode}")
             return self._entry(await self._files.getattr(parent))
-        return self._entry(await self._files.fresh(await self._namespace.lookup(parent_inode, name)))
+        try:
+            attrs = await self._namespace.lookup(parent_inode, name)
+        except Stale:
+            self._check_gone(parent_inode)
+            self._told_of(parent_inode).gone = True
+            raise
+        return self._entry(await self._files.fresh(attrs))
+
+    def _check_gone(self, parent: int) -> None:
+        """Raise NotFound for a name in a directory of which the kernel knows already that it was removed.
+
+        The first time it hears ESTALE: it looks the path up again, and may find another directory in its place. Who
+        still stands in the old one comes again, and finds nothing.
+        """
+        told = self._told.get(parent)
+        if told is not None and told.gone and not self._namespace.links.expelled.is_set():
+            raise NotFound(f"directory {parent} was removed") from None
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Forget what the kernel has forgotten. Raises nothing.
@@ -259,6 +279,7 @@ class BenchfsOperations(pyfuse3.Operations):
     async def _make(
         self, parent: int, name: bytes, mode: int, ctx: RequestContext, *, rdev: int = 0, target: bytes = b""
     ) -> EntryAttributes:
+        self._check_gone(parent)
         attrs = await self._namespace.make(parent, name, mode, ctx.uid, ctx.gid, rdev=rdev, target=target)
         return self._new(parent, self._files.known.see(attrs))
 
@@ -303,6 +324,7 @@ class BenchfsOperations(pyfuse3.Operations):
     @guarded
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
         """Give an inode another name."""
+        self._check_gone(new_parent_inode)
         attrs = await self._namespace.link(inode, new_parent_inode, new_name)
         self._changed(new_parent_inode)
         return self._entry(await self._files.fresh(attrs))
@@ -318,6 +340,7 @@ class BenchfsOperations(pyfuse3.Operations):
         ctx: RequestContext,
     ) -> None:
         """Move a name."""
+        self._check_gone(parent_inode_new)
         reply = await self._namespace.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
         self._changed(parent_inode_old)
         if flags & pyfuse3.RENAME_EXCHANGE or not reply.other:
@@ -349,6 +372,7 @@ class BenchfsOperations(pyfuse3.Operations):
         A file that another mount made meanwhile is not opened here, where the kernel would check no permissions:
         ESTALE has it look the name up and open what it finds.
         """
+        self._check_gone(parent_inode)
         try:
             handle = await self._files.create(parent_inode, name, mode, ctx.uid, ctx.gid, flags)
         except Exists:
@@ -423,23 +447,34 @@ class BenchfsOperations(pyfuse3.Operations):
 
     @guarded
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        """Open a directory; it is asked when it is read."""
+        """Open a directory and fetch its first page: that it is there is seen here, where ESTALE helps the kernel."""
+        listing = _Listing(inode)
+        await self._fetch(listing, 0)
         self._last_fh += 1
-        self._listings[self._last_fh] = _Listing(inode)
+        self._listings[self._last_fh] = listing
         return self._last_fh
+
+    async def _fetch(self, listing: _Listing, cookie: int) -> Page:
+        page = await self._namespace.readdir(listing.ino, cookie)
+        listing.page, listing.start, listing.fetched_s = page, cookie, trio.current_time()
+        return page
 
     @guarded
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        """List a directory with attributes, without ``.`` and ``..``, from position ``start_id`` on."""
+        """List a directory with attributes from position ``start_id`` on; ``.`` and ``..`` come first."""
         listing = self._listings[fh]
         if start_id == 0:
-            listing.page = None
+            if not listing.unread:
+                listing.page = None
+            listing.unread = False
             await self._files.touch(listing.ino)
         while True:
             page = listing.page
             if page is None or not listing.holds(start_id, self._cache_timeout_s):
-                page = await self._namespace.readdir(listing.ino, start_id)
-                listing.page, listing.start, listing.fetched_s = page, start_id, trio.current_time()
+                page = await self._fetch(listing, start_id)
+            for cookie, name, ino in ((1, b".", listing.ino), (2, b"..", page.parent)):
+                if cookie > start_id and not pyfuse3.readdir_reply(token, name, _dot(ino), cookie):
+                    return
             for entry in page.entries:
                 if entry.cookie <= start_id:
                     continue
@@ -523,6 +558,14 @@ class BenchfsOperations(pyfuse3.Operations):
     def _check_xattr(self) -> None:
         if not self._xattr:
             raise FUSEError(errno.ENOSYS)
+
+
+def _dot(ino: int) -> EntryAttributes:
+    """Say as much of ``.`` or ``..`` as a listing shows; the kernel takes no attributes from them."""
+    entry = EntryAttributes()
+    entry.st_ino = ino
+    entry.st_mode = stat.S_IFDIR
+    return entry
 
 
 def _invalidate_attrs(ino: int) -> None:

@@ -60,7 +60,8 @@ class Kernel:
     def readdir_reply(self, token: object, name: bytes, attr: EntryAttributes, next_id: int) -> bool:
         if len(self.listed) == self.room:
             return False
-        self.listed.append((name, next_id))
+        if name not in (b".", b".."):
+            self.listed.append((name, next_id))
         return True
 
 
@@ -407,6 +408,52 @@ async def test_a_listing_goes_on_where_it_stopped_while_names_come_and_go(kernel
         await ops.releasedir(fh)
 
 
+async def test_a_listing_begins_with_the_directory_and_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[tuple[bytes, int, int]] = []
+
+    def reply(token: object, name: bytes, attr: EntryAttributes, next_id: int) -> bool:
+        listed.append((name, attr.st_ino, next_id))
+        return True
+
+    monkeypatch.setattr(pyfuse3, "readdir_reply", reply)
+    async with mounted() as (ops, _, _):
+        outer = (await ops.mkdir(1, b"outer", 0o755, CTX)).st_ino
+        inner = (await ops.mkdir(outer, b"inner", 0o755, CTX)).st_ino
+        for inode, parent, rest in ((1, 1, [b"outer"]), (outer, 1, [b"inner"]), (inner, outer, [])):
+            listed.clear()
+            fh = await ops.opendir(inode, CTX)
+            await ops.readdir(fh, 0, pyfuse3.ReaddirToken())
+            assert listed[:2] == [(b".", inode, 1), (b"..", parent, 2)]
+            assert [name for name, _, _ in listed[2:]] == rest
+            everything = list(listed)
+            listed.clear()
+            await ops.readdir(fh, 1, pyfuse3.ReaddirToken())
+            assert listed == everything[1:]
+            await ops.releasedir(fh)
+
+
+async def test_in_a_directory_that_was_removed_elsewhere_the_kernel_looks_twice_and_finds_nothing() -> None:
+    async with whole_cluster() as whole, operations(whole) as (ops, _, _), whole.client() as other:
+        ino = (await ops.mkdir(1, b"d", 0o755, CTX)).st_ino
+        await other.fs.rmdir("/d")
+        await other.fs.mkdir("/d")
+        for code in (errno.ESTALE, errno.ENOENT):
+            with pytest.raises(FUSEError) as raised:
+                await ops.lookup(ino, b"f", CTX)
+            assert raised.value.errno == code
+        for operation in (
+            lambda: ops.create(ino, b"f", 0o644, os.O_RDWR, CTX),
+            lambda: ops.mkdir(ino, b"f", 0o755, CTX),
+            lambda: ops.rename(1, b"d", ino, b"f", 0, CTX),
+        ):
+            with pytest.raises(FUSEError) as raised:
+                await cast(Any, operation())
+            assert raised.value.errno == errno.ENOENT
+        with pytest.raises(FUSEError) as raised:
+            await ops.opendir(ino, CTX)
+        assert raised.value.errno == errno.ESTALE
+
+
 async def test_a_page_is_not_served_past_its_time(kernel: Kernel, autojump_clock: object) -> None:
     async with whole_cluster() as whole, operations(whole) as (ops, _, _), whole.client() as other:
         for number in range(4):
@@ -439,7 +486,8 @@ async def test_a_file_that_is_being_written_is_listed_with_its_size(
     sizes: list[int] = []
 
     def reply(token: object, name: bytes, attr: EntryAttributes, next_id: int) -> bool:
-        sizes.append(attr.st_size)
+        if name == b"f":
+            sizes.append(attr.st_size)
         return True
 
     monkeypatch.setattr(pyfuse3, "readdir_reply", reply)
