@@ -14,8 +14,9 @@ for a participant, another daemon whose entries or inodes change: 2 RPCs each (s
     Rename of a file        1 within one daemon; into a directory of another: 1 + Lookup + P = 4; and P more for each
                             further daemon that holds the moved or the replaced inode
     Rename of a directory   in its parent: 1, + P if its inode is elsewhere. Into another directory, at the root's
-                            daemon: 1, + 1 if it was sent elsewhere first, + Lookup for each parent elsewhere, + GetAttr
-                            for each directory elsewhere between the new parent and the root, + P each
+                            daemon: 1, + 1 if it was sent elsewhere first, + 2 Lookup if the old parent is elsewhere and
+                            1 if the new one is, + GetAttr for each directory elsewhere between the new parent and
+                            the root, + P each
     SetAttr                 1; to a smaller size: + TrimChunks to each daemon with chunks behind the cut
     last Unlink or Release  behind the reply: DropChunks to each daemon with chunks, shared by all files of a page
 """
