@@ -290,6 +290,28 @@ async def test_an_append_follows_what_the_same_mount_has_gathered() -> None:
         await plain.close()
 
 
+async def test_a_reserved_range_reads_as_zeros() -> None:
+    """What an append has reserved and not yet written is there for others, as zeros."""
+    async with whole_cluster(2) as whole, whole.client() as one, whole.client() as two:
+        async with await one.fs.open("/f", RW) as file:
+            await file.write(b"before", 0)
+        appending = await one.fs.open("/f", os.O_WRONLY | os.O_APPEND)
+        held = trio.Event()
+        for store in whole.chunks:
+            store.hold = held
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(appending.write, b"after", 0)
+            await wait_all_tasks_blocked()
+            for store in whole.chunks:
+                store.hold = None
+            async with await two.fs.open("/f") as reader:
+                assert await reader.read(100, 0) == b"before" + bytes(5)
+            held.set()
+        async with await two.fs.open("/f") as reader:
+            assert await reader.read(100, 0) == b"beforeafter"
+        await appending.close()
+
+
 async def test_truncating_down_and_up_brings_nothing_back() -> None:
     async with whole_cluster(3) as whole, whole.client() as one, await one.fs.open("/f", RW) as file:
         await file.write(b"x" * (5 * CHUNK), 0)
