@@ -523,21 +523,39 @@ class BenchfsOperations(pyfuse3.Operations):
         """Return an extended attribute. ENOSYS, where they are off, has the kernel never ask again."""
         self._check_xattr()
         if name not in _ASKED_OFTEN:
-            return await self._namespace.getxattr(inode, name)
+            return await self._getxattr(inode, name)
         told, epoch = self._told_of(inode), self._files.known.epoch(inode)
         if epoch and told.absent.get(name) == epoch:
             raise NoAttribute(str(name))
         try:
-            return await self._namespace.getxattr(inode, name)
+            return await self._getxattr(inode, name)
         except NoAttribute:
             told.absent[name] = epoch
             raise
+
+    async def _getxattr(self, ino: int, name: bytes) -> bytes:
+        try:
+            return await self._namespace.getxattr(ino, name)
+        except Stale:
+            if self._is_removed(ino):
+                raise NoAttribute(f"inode {ino} was removed") from None
+            raise
+
+    def _is_removed(self, ino: int) -> bool:
+        """Tell whether we removed an inode that somebody still stands in."""
+        told = self._told.get(ino)
+        return told is not None and told.removed is not None
 
     @guarded
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
         """List the names of extended attributes; those of ``trusted.`` are root's to see (xattr(7))."""
         self._check_xattr()
-        names = await self._namespace.listxattr(inode)
+        try:
+            names = await self._namespace.listxattr(inode)
+        except Stale:
+            if not self._is_removed(inode):
+                raise
+            return []
         return names if ctx.uid == 0 else [name for name in names if not name.startswith(b"trusted.")]
 
     @guarded

@@ -233,6 +233,10 @@ async def test_somebody_in_a_removed_directory_sees_it_without_links() -> None:
         ino = (await ops.mkdir(1, b"d", 0o755, CTX)).st_ino
         await ops.rmdir(1, b"d", CTX)
         assert (await ops.getattr(ino, CTX)).st_nlink == 0
+        assert list(await ops.listxattr(ino, CTX)) == []
+        with pytest.raises(FUSEError) as raised:
+            await ops.getxattr(ino, b"user.a", CTX)
+        assert raised.value.errno == errno.ENODATA
         await ops.forget([(ino, 1)])
         with pytest.raises(FUSEError) as raised:
             await ops.getattr(ino, CTX)
