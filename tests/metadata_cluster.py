@@ -7,7 +7,7 @@ once. A client sends a request again, with the same slot and sequence number, un
 
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -45,6 +45,9 @@ from benchfs_fuse.services.inodes import COOKIE_FIRST, ENTRY_SIZE, Inode, Inodes
 from benchfs_fuse.services.metadata import MetadataService
 
 R = TypeVar("R", bound=Body)
+
+#: What one daemon has stored: records and chunks.
+Contents = tuple[dict[bytes, bytes], dict[tuple[int, int], int]]
 
 CLIENT = ClientId(1)
 #: What a daemon says to another has no client of interest.
@@ -113,6 +116,7 @@ class _Answer:
         self.done = trio.Event()
         self.reply: Body | None = None
         self.error: FsError | None = None
+        self.scope = trio.CancelScope()
 
 
 class _Peers:
@@ -134,7 +138,13 @@ class _Peers:
             cluster.messages[type(request).__name__] += 1
             cluster.point("sent", self._node, target)
             await self._check_alive()
-            answer = await cluster.serve(target, request, lambda store: Called(store, DAEMON_CLIENT, 0, 0))
+            answer = cluster.serve(target, request, lambda store: Called(store, DAEMON_CLIENT, 0, 0))
+            try:
+                await answer.done.wait()
+            finally:
+                # A daemon that dies ends its connections, and what was served over them is cancelled.
+                if self._node.dying:
+                    answer.scope.cancel()
             cluster.point("served", self._node, target)
             await self._check_alive()
             if answer.error is not None:
@@ -284,36 +294,37 @@ class Cluster:
         if self.delay_s_max:
             await trio.sleep(self.random.random() * self.delay_s_max)
 
-    async def serve(self, node: Node, request: Request, call: Callable[[MemoryStore], Called]) -> _Answer:
-        """Let a daemon serve a request; neither reply nor error: it died first."""
+    def serve(self, node: Node, request: Request, call: Callable[[MemoryStore], Called]) -> _Answer:
+        """Let a daemon serve a request; neither reply nor error when it is done: the daemon died first."""
         answer = _Answer()
-        node.answers.add(answer)
-        node.nursery.start_soon(self._serve, node, request, call(node.store), answer)
-        await answer.done.wait()
+        if node.dying:
+            answer.done.set()
+        else:
+            node.answers.add(answer)
+            node.nursery.start_soon(self._serve, node, request, call(node.store), answer)
         return answer
 
     async def _serve(self, node: Node, request: Request, call: Called, answer: _Answer) -> None:
-        try:
-            reply = self._serve_chunks(node, request)
-            if reply is None:
-                reply = call.recorded(request.Reply)
-            if reply is None:
-                reply = (
-                    node.service.handlers_now()[type(request)](request, call) if self.random.random() < 0.5 else None
-                )
-                if reply is None:
-                    reply = await node.service.handlers()[type(request)](request, call)
-                assert call.commits == 1 or not request.recorded, "a recorded request commits exactly once"
-            answer.reply = reply
-        except FsError as error:
-            answer.error = error
-        except Crash:
-            node.die()
-            answer.reply = answer.error = None
+        with answer.scope:
+            try:
+                answer.reply = await self._serve_here(node, request, call)
+            except FsError as error:
+                answer.error = error
+            except Crash:
+                node.die()
         if node.dying:
             answer.reply = answer.error = None
         node.answers.discard(answer)
         answer.done.set()
+
+    async def _serve_here(self, node: Node, request: Request, call: Called) -> Body:
+        reply = self._serve_chunks(node, request) or call.recorded(request.Reply)
+        if reply is None and self.random.random() < 0.5:
+            reply = node.service.handlers_now()[type(request)](request, call)
+        if reply is None:
+            reply = await node.service.handlers()[type(request)](request, call)
+            assert call.commits == 1 or not request.recorded, "a recorded request commits exactly once"
+        return reply
 
     def _serve_chunks(self, node: Node, request: Request) -> Body | None:
         """Be the chunk store of a daemon, as far as metadata asks for it."""
@@ -343,37 +354,43 @@ class Cluster:
 
     # ── the client ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def ask(self, request: Request, client_id: ClientId = CLIENT, slot: int = 0) -> Any:
-        """Send a request where it belongs, again and again until it is answered; raise what is wrong."""
+    async def ask(self, request: Request, client_id: ClientId = CLIENT, slot: int = 0, patient: bool = True) -> Any:
+        """Send a request where it belongs, again and again until it is answered; raise what is wrong.
+
+        Unless ``patient``, it is sent once, and Crash raised if the daemon died.
+        """
         node = self.nodes[self.shard_map.of_ino(_concerns(request))]
         try:
-            return await self._ask_at(node, request, client_id, slot)
+            return await self._ask_at(node, request, client_id, slot, patient)
         except WrongCoordinator:
-            return await self._ask_at(self.home(ROOT_INO), request, client_id, slot)
+            return await self._ask_at(self.home(ROOT_INO), request, client_id, slot, patient)
 
-    async def _ask_at(self, node: Node, request: Request, client_id: ClientId, slot: int) -> Body:
+    async def _ask_at(self, node: Node, request: Request, client_id: ClientId, slot: int, patient: bool) -> Body:
         seq = 0
         if request.recorded:
             self._seqs[client_id, slot] += 1
             seq = self._seqs[client_id, slot]
         while True:
             await node.up.wait()
-            answer = await self.serve(node, request, lambda store: Called(store, client_id, slot, seq))
+            answer = self.serve(node, request, lambda store: Called(store, client_id, slot, seq))
+            await answer.done.wait()
             if answer.error is not None:
                 raise answer.error
             if answer.reply is not None:
                 assert isinstance(answer.reply, request.Reply)
                 return answer.reply
+            if not patient:
+                raise Crash
 
     async def mkdir(self, parent: int, name: bytes, on: int | None = None) -> int:
         """Make a directory; ``on`` names the daemon that it has to be on."""
         if on is not None:
-            self._steer(parent, on)
+            self.steer(parent, on)
         reply: EntryReply = await self.ask(Make(parent, name, 0o40755, 0, 0))
         assert on is None or self.shard_map.of_ino(reply.entry.ino) == on
         return reply.entry.ino
 
-    def _steer(self, parent: int, on: int) -> None:
+    def steer(self, parent: int, on: int) -> None:
         """Let the coordinator put its next directory on a daemon: there is no way to ask for that, but in a test."""
         names = self.home(parent).service._names
         while self.shard_map.of_ino(make_ino(names._next_shard, 1)) != on:
@@ -407,6 +424,10 @@ class Cluster:
             for node in self.nodes:
                 await node.up.wait()
                 await node.service.wait_idle()
+
+    def contents(self) -> list[Contents]:
+        """Return what all daemons have stored."""
+        return [(node.store.contents(), dict(node.chunks)) for node in self.nodes]
 
     # ── what must hold ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -510,9 +531,17 @@ def _concerns(request: Request) -> Ino:
 
 
 @asynccontextmanager
-async def cluster_of(daemons: int, seed: int = 0, prepare_timeout_s: float = float("inf")) -> AsyncIterator[Cluster]:
-    """Run a cluster for a while. Its daemons stop when the block ends."""
+async def cluster_of(
+    daemons: int,
+    seed: int = 0,
+    prepare_timeout_s: float = float("inf"),
+    contents: Sequence[Contents] = (),
+) -> AsyncIterator[Cluster]:
+    """Run a cluster for a while, over copies of ``contents``. Its daemons stop when the block ends."""
     cluster = Cluster(daemons, seed, prepare_timeout_s)
+    for node, (records, chunks) in zip(cluster.nodes, contents, strict=False):
+        node.store = MemoryStore(records)
+        node.chunks = dict(chunks)
     async with trio.open_nursery() as nursery:
         for node in cluster.nodes:
             nursery.start_soon(node.run)

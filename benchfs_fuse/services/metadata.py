@@ -43,7 +43,6 @@ from ..rpc.messages import (
     Make,
     Open,
     OpenCount,
-    Outcome,
     Prepare,
     ReadDir,
     ReadLink,
@@ -169,7 +168,6 @@ class MetadataService:
             SyncMeta: _Operation(lambda request, call: None, self._sync),
             Prepare: _patient(transactions.prepare),
             Finish: _patient(transactions.finish),
-            Outcome: _patient(transactions.outcome),
         }
 
     def handlers_now(self) -> Mapping[type[Request], Now]:

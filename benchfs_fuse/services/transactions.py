@@ -19,8 +19,8 @@ What a crash leaves, and who ends it:
     coordinator before the decision prepared steps at others    its next start: Finish with counter 0 aborts all that
                                                                 earlier incarnations left undecided (presumed abort)
     coordinator after the decision  decision record             its next start: tells everybody again
-    participant, prepared           its record and its locks    its next start: takes the locks before it serves, and
-                                                                asks the coordinator; or the Finish that is sent again
+    participant, prepared           its record                  its next start: takes the locks before it serves; the
+                                                                coordinator's Finish is sent until it is answered
 
 RPCs between daemons per transaction: 2 for each participant besides the coordinator (Prepare, Finish); at each start
 of a daemon 1 to every other daemon. An operation on one daemon needs none.
@@ -35,9 +35,9 @@ import trio
 
 from .. import disk
 from ..errors import Conflict, DaemonUnreachable, FsError, ProtocolError
-from ..model import Attrs, ClientId
-from ..rpc.messages import Body, Done, Finish, FinishReply, Outcome, OutcomeReply, Prepare, Step, TxId
-from .calls import Batch, Call, Peers
+from ..model import Attrs
+from ..rpc.messages import Body, Done, Finish, FinishReply, Prepare, Step, TxId
+from .calls import Call, Peers
 from .inodes import Draft, Inode, Inodes
 from .jobs import Jobs, persist
 from .locks import Locks
@@ -98,8 +98,6 @@ class Transactions:
         self._unlinked = unlinked
         self._prepare_timeout_s = prepare_timeout_s
         self._counter = 0
-        #: Ours, undecided.
-        self._active: set[bytes] = set()
         #: Ours and decided by earlier incarnations, with the daemons that are still to be told.
         self._inherited: dict[bytes, tuple[TxId, set[int]]] = {}
         #: Others', prepared here.
@@ -159,7 +157,6 @@ class Transactions:
         own = homes.get(here, [])
         locked: dict[bytes, bool] = {}
         asked: list[int] = []
-        self._active.add(key := _key(txid))
         try:
             with trio.fail_after(self._prepare_timeout_s):
                 for daemon in sorted(homes):
@@ -175,7 +172,7 @@ class Transactions:
             draft = self._inodes.draft()
             for step in own:
                 apply(draft, step, self._unlinked)
-            draft.put(key, _encode(asked))
+            draft.put(_key(txid), _encode(asked))
             reply = self._commit(plan, draft, call)
         except BaseException as error:
             if asked:
@@ -184,7 +181,6 @@ class Transactions:
                 raise DaemonUnreachable(f"daemons {asked} were not prepared in {self._prepare_timeout_s} s") from None
             raise
         finally:
-            self._active.discard(key)
             self._locks.release(locked)
         telling = _Telling()
         self._jobs.start(self._tell, txid, asked, True, telling)
@@ -309,42 +305,21 @@ class Transactions:
         if len(self._refused) > REFUSED_MAX:
             del self._refused[next(iter(self._refused))]
 
-    def outcome(self, request: Outcome, call: Call) -> Body:
-        """Tell what became of one of our transactions: without a decision record it was aborted."""
-        del call
-        if request.txid.daemon != self._inodes.daemon_id:
-            raise ProtocolError(f"{request.txid} is not coordinated here")
-        key = _key(request.txid)
-        if self._store.get(key) is not None:
-            return OutcomeReply(True, True)
-        return OutcomeReply(key not in self._active, False)
-
     # ── recovery ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def recover(self) -> None:
-        """Take the locks of prepared transactions again; start what ends them and tells our decisions. Once."""
+        """Take the locks of prepared transactions again; begin to tell the ends of our own. Once."""
         for key, value in self._store.scan(disk.TRANSACTION, disk.after(disk.TRANSACTION)):
             txid = TxId(*_KEY.unpack_from(key, 1))
             if txid.daemon == self._inodes.daemon_id:
                 self._inherited[key] = (txid, set(_decode_daemons(value)))
             else:
                 self._hold(key, _decode_steps(value))
-                self._jobs.start(self._resolve, txid)
         if not self._inherited:
             self._inherited_told.set()
         for daemon in self._inodes.daemons:
             if daemon != self._inodes.daemon_id:
                 self._jobs.start(self._resume, daemon)
-
-    async def _resolve(self, txid: TxId) -> None:
-        """Ask the coordinator about what was prepared before the crash. One that has not decided will tell."""
-
-        async def attempt() -> None:
-            reply = await self._peers.call(txid.daemon, Outcome(txid), OutcomeReply)
-            if reply.decided:
-                self.finish(Finish(txid, reply.commit), _Unrecorded())
-
-        await persist(f"Outcome of {txid}", attempt)
 
     async def _resume(self, daemon: int) -> None:
         """Tell another daemon what earlier incarnations decided, and that everything else of them is aborted."""
@@ -358,16 +333,6 @@ class Transactions:
         if not self._inherited:
             self._inherited_told.set()
         await self._finish_at(daemon, TxId(self._inodes.daemon_id, self._incarnation, 0), False)
-
-
-class _Unrecorded:
-    """Stand for a call that nobody made: what this daemon does of its own accord."""
-
-    client_id = ClientId(0)
-
-    def commit(self, batch: Batch, reply: Body) -> None:
-        """Write the batch."""
-        batch.write()
 
 
 def _key(txid: TxId) -> bytes:
