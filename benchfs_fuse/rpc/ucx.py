@@ -387,6 +387,7 @@ class UcxChannel:
         frame = call.frame
         assert frame is not None
         call.landing.check_error()
+        call.landing = None
         self._counters.bytes_in += frame.bulk
         call.reply = Reply(frame.code, frame.body, None, frame.bulk)
         self._finish(frame.request_id, call)
@@ -424,6 +425,7 @@ class UcxChannel:
         frame = slot.frame
         assert frame is not None
         slot.receive.check_error()
+        slot.receive = None
         self._counters.bytes_in += frame.bulk
         self._dispatch(frame, slot.view[: frame.bulk], slot)
 
@@ -490,6 +492,7 @@ class UcxChannel:
             request.check_error()
         except self._ucx.Error:
             self._fail()
+        request = None
         if release is not None:
             release()
 
@@ -513,27 +516,29 @@ class UcxChannel:
         try:
             self._reap()
         except ProtocolError as error:
-            log.warning("giving up the connection to %s: %s", self._peer.host, error)
+            log.warning("giving up the connection to %s: %s", self._peer.host, str(error))
             self._end(Ending.PROTOCOL)
         except self._ucx.Error:
             self._fail()
         return True
 
     def _reap(self) -> None:
-        """Take every completed receive and send."""
+        """Take every completed receive and send.
+
+        No request object of UCXX may outlive the worker, not even in a frame that a logged traceback keeps: so none
+        stays in a variable while handlers run.
+        """
         control = self._control
-        while self._ending is None:
-            view, array, receive = control[0]
-            if not receive.completed:
-                break
+        while self._ending is None and control[0][2].completed:
+            view, array, receive = control.popleft()
             receive.check_error()
+            del receive
             frame = frames.decode(view)
             self._counters.bytes_in += frames.HEADER_SIZE + len(frame.body) + len(frame.payload)
             if frame.kind == frames.REPLY:
                 self._on_reply(frame)
             else:
                 self._on_request(frame)
-            control.popleft()
             control.append((view, array, self._worker.tag_recv(array, self._ucx.control_tag)))
         if self._filling:
             filled = [slot for slot in self._filling if slot.receive.completed]
@@ -551,15 +556,23 @@ class UcxChannel:
             self._reap_sends()
 
     def _reap_sends(self) -> None:
-        sends, self._sends = self._sends, []
-        for send in sends:
-            request, _, release = send
+        """Release what is out; a send that failed ends the connection."""
+        failed = False
+        releases = []
+        under_way = []
+        for request, array, release in self._sends:
             if not request.completed:
-                self._sends.append(send)
-            else:
-                if release is not None:
-                    release()
-                request.check_error()
+                under_way.append((request, array, release))
+                continue
+            failed = failed or request.status != 0
+            if release is not None:
+                releases.append(release)
+        self._sends = under_way
+        del request, under_way
+        for release in releases:
+            release()
+        if failed:
+            self._fail()
 
     def _settle(self) -> None:
         """See to it that the sleeping task will be woken, after somebody else has used the worker.
