@@ -455,7 +455,12 @@ class BenchfsOperations(pyfuse3.Operations):
         return self._last_fh
 
     async def _fetch(self, listing: _Listing, cookie: int) -> Page:
-        page = await self._namespace.readdir(listing.ino, cookie)
+        try:
+            page = await self._namespace.readdir(listing.ino, cookie)
+        except Stale:
+            if not self._is_removed(listing.ino):
+                raise
+            page = Page((), True, cookie, listing.ino)
         listing.page, listing.start, listing.fetched_s = page, cookie, trio.current_time()
         return page
 

@@ -234,6 +234,7 @@ async def test_somebody_in_a_removed_directory_sees_it_without_links() -> None:
         await ops.rmdir(1, b"d", CTX)
         assert (await ops.getattr(ino, CTX)).st_nlink == 0
         assert list(await ops.listxattr(ino, CTX)) == []
+        await ops.releasedir(await ops.opendir(ino, CTX))
         with pytest.raises(FUSEError) as raised:
             await ops.getxattr(ino, b"user.a", CTX)
         assert raised.value.errno == errno.ENODATA
