@@ -5,6 +5,7 @@ import os
 import random
 import stat
 from collections.abc import Awaitable, Callable
+from typing import cast
 
 import pytest
 import trio
@@ -27,11 +28,15 @@ from benchfs_fuse.errors import (
     Stale,
     SymlinkLoop,
 )
+from benchfs_fuse.layout import ShardMap
 from benchfs_fuse.limits import FILE_SIZE_MAX, MIB, NAME_MAX
-from benchfs_fuse.model import Attrs, DaemonId
+from benchfs_fuse.model import Attrs, DaemonId, make_ino
 from benchfs_fuse.ports import Ending
+from benchfs_fuse.rpc.client import Links
 from benchfs_fuse.rpc.messages import (
     Append,
+    AttrsReply,
+    Body,
     CommitWrite,
     GetAttr,
     Lookup,
@@ -39,13 +44,17 @@ from benchfs_fuse.rpc.messages import (
     Open,
     ReadChunk,
     Release,
+    Request,
     SetAttr,
     SyncChunks,
     SyncMeta,
     Touch,
     WriteChunk,
+    WriteChunkReply,
 )
+from benchfs_fuse.services.files import open_files
 from benchfs_fuse.services.known import Known
+from benchfs_fuse.services.namespace import Namespace
 from benchfs_fuse.services.write_behind import Budget
 
 RW = os.O_RDWR | os.O_CREAT
@@ -653,3 +662,31 @@ async def test_a_dead_daemon_stops_only_what_needs_it() -> None:
                 await second.write(b"y" * CHUNK, index * CHUNK)
             assert await second.read(3, index * CHUNK) == b"yyy"
             nursery.cancel_scope.cancel()
+
+
+class _Immediate:
+    """Be the links to one daemon that answers without a turn of the event loop, as a spinning connection does."""
+
+    daemons = (0,)
+    shard_map = ShardMap.round_robin(1)
+
+    def __init__(self) -> None:
+        self.attrs = Attrs(make_ino(0, 5), 1, 0o100600, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1, CHUNK, 1, 0)
+
+    def to(self, daemon_id: int) -> "_Immediate":
+        return self
+
+    async def call(self, request: Request, reply: type[Body], payload: object = None, into: object = None) -> Body:
+        return WriteChunkReply(0) if isinstance(request, WriteChunk) else AttrsReply(self.attrs)
+
+
+async def test_what_was_flushed_before_the_gathering_task_had_its_turn() -> None:
+    links = cast(Links, _Immediate())
+    async with open_files(Namespace(links), gather_bytes_max=CHUNK, gather_time_s=0.0) as files:
+        handle = await files.open(_Immediate().attrs.ino, os.O_RDWR | os.O_DIRECT)
+        await wait_all_tasks_blocked()
+        for _ in range(3):
+            await files.write(handle, 0, b"x")
+            await files.flush(handle)
+            await wait_all_tasks_blocked()
+        assert files.statistics().dirty == 0

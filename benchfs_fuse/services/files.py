@@ -528,7 +528,7 @@ class Files:
     async def run(self) -> None:
         """Flush every file whose gather time is over, until cancelled."""
         while True:
-            if not self._dirty:
+            while not self._dirty:  # what was dirty may be flushed before this task has its turn
                 self._dirtied = trio.Event()
                 await self._dirtied.wait()
             node, deadline = next(iter(self._dirty.items()))
