@@ -1,27 +1,128 @@
 """Be the command ``benchfs``: parse, call, turn errors into sentences and exit codes.
 
-Exit codes: 0 done; 1 it failed, one sentence says why; 2 wrong use or a bad setting; 3 ``status``: works, but degraded.
+Exit codes: 0 done; 1 it failed, one sentence says why; 2 wrong use or a bad setting; 3 ``status``: works, but degraded;
+130 and 143 interrupted (Ctrl-C, SIGTERM), after cleaning up. ``up -- COMMAND``: the command's own.
 """
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from . import __version__, config
 from .errors import UserError
+from .limits import DAEMONS_MAX
 
-_EPILOG = """\
+_EXAMPLES = """\
 examples:
   benchfs up /mnt/benchfs                    a file system on this machine, in one command
   benchfs up /mnt/x -- make -C /mnt/x        the same for the time of one command
   benchfs init /shared/reg --daemons 4       form a cluster; then run benchfsd on each node
   benchfs mount /mnt/benchfs --registry-dir /shared/reg
+
+Every command has --help. docs/operations.md lists the settings.
+"""
+_EXAMPLES_UP = """\
+Daemons and mount run in the background. Run again, it starts what does not run; the data directory keeps everything
+for the next time. With a command after --, it runs that, takes everything down again, and ends with its exit code.
+
+examples:
+  benchfs up /mnt/benchfs
+  benchfs up /mnt/x --daemons 4 --data-dir /big/x
+  benchfs up /mnt/x -- make -C /mnt/x
+"""
+_EXAMPLES_DOWN = """\
+Refuses while somebody uses the file system, and names them. A later "benchfs up" finds every file.
+
+examples:
+  benchfs down /mnt/benchfs
+  benchfs down /mnt/benchfs --force          at once; says what could not be flushed
+"""
+_EXAMPLES_INIT = """\
+The registry is a directory that all nodes see (NFS, Lustre, …). Whoever can read it may use the cluster.
+
+example:
+  benchfs init /shared/reg --daemons 4
+  benchfsd --registry-dir /shared/reg --data-dir /local/benchfs     on each storage node
+"""
+_EXAMPLES_MOUNT = """\
+Waits for all daemons of the cluster, and says which are missing. The process stays in the background; it ends with
+"benchfs umount". One cluster may be mounted many times.
+
+examples:
+  benchfs mount /mnt/benchfs --registry-dir /shared/reg
+  benchfs mount /mnt/benchfs --registry-dir /shared/reg -o ro,noexec --attr-timeout 0
+"""
+_EXAMPLES_UMOUNT = """\
+Names the processes that keep it busy. --force takes less than two seconds, whatever hangs: it frees everybody who
+waits for the file system, and says what could not be flushed.
+
+examples:
+  benchfs umount /mnt/benchfs
+  benchfs umount /mnt/benchfs --force
+"""
+_EXAMPLES_STATUS = """\
+Exit code 3: it works, but a daemon is missing or silent, or this mount was expelled.
+
+examples:
+  benchfs status /mnt/benchfs
+  benchfs status /mnt/benchfs --json | jq '.daemons[] | select(.connected | not)'
+"""
+_EXAMPLES_LAYOUT = """\
+example:
+  benchfs layout /mnt/benchfs/big.dat
+"""
+_EXAMPLES_DOCTOR = """\
+For each thing it looks at: what it found, what that costs, what to do. Exit code 1: something has to be done first.
+
+example:
+  benchfs doctor --data-dir /local/benchfs
+"""
+_EXAMPLES_HELPER = """\
+Needs root. Writes /sbin/mount.benchfs, which runs the benchfs of this environment.
+
+examples, afterwards:
+  mount -t benchfs /shared/reg /mnt/benchfs -o ro
+  in /etc/fstab:  /shared/reg  /mnt/benchfs  benchfs  noatime,_netdev,nofail  0  0
 """
 
 Run = Callable[[argparse.Namespace], int]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Say what is wrong in one sentence; take no abbreviations, so that scripts survive new options."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _count(text: str) -> int:
+    """Read a number of daemons."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= DAEMONS_MAX:
+        raise argparse.ArgumentTypeError(f"a cluster has 1 to {DAEMONS_MAX} daemons, not {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    """Read how long to wait."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds <= 86_400:  # refuses NaN too
+        raise argparse.ArgumentTypeError(f"a number of seconds above 0, at most a day, not {text!r}")
+    return seconds
+
+
+# ── commands ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _init(given: argparse.Namespace) -> int:
@@ -37,8 +138,9 @@ def _init(given: argparse.Namespace) -> int:
 
 
 def _setting_arguments(given: argparse.Namespace, *sections: str) -> list[str]:
-    """Give the settings of the command line on to another process."""
-    words = ["--config", str(given.config)] if given.config is not None else []
+    """Give the settings of the command line on to another process, which has another working directory."""
+    file = given.config or os.environ.get(config.FILE_VARIABLE)
+    words = [f"--config={Path(file).absolute()}"] if file else []
     for key in config.keys().values():
         value = getattr(given, key.name, None)
         if value is None or key.name.partition(".")[0] not in sections:
@@ -46,20 +148,23 @@ def _setting_arguments(given: argparse.Namespace, *sections: str) -> list[str]:
         if isinstance(value, bool):
             words.append(key.option if value else key.option.replace("--", "--no-", 1))
         else:
-            words += [key.option, value]
+            words.append(f"{key.option}={value}")
     return words
 
 
-def _kernel_arguments(given: argparse.Namespace) -> list[str]:
+def _mount_arguments(given: argparse.Namespace) -> tuple[config.Settings, list[str]]:
+    """Check all settings; return them, and the arguments for a mount process. Options go before ``-o``. ConfigError."""
     from .commands.options import parse_options
 
     options = parse_options(",".join(given.options))
-    return [*(word for option in options.kernel for word in ("-o", option)), *options.arguments]
+    stated = {name: value for name, value in vars(given).items() if value is not None}
+    settings = config.load({**options.settings(), **stated}, os.environ)
+    given.config = stated.get("config") or options.settings().get("config")
+    return settings, [*options.words, *_setting_arguments(given, "mount", "ucx")]
 
 
 def _mount(given: argparse.Namespace) -> int:
-    config.load(vars(given), os.environ)
-    arguments = [*_kernel_arguments(given), *_setting_arguments(given, "mount", "ucx")]
+    _, arguments = _mount_arguments(given)
     if given.foreground:
         from .mount import main as mount_main
 
@@ -81,16 +186,20 @@ def _up(given: argparse.Namespace) -> int:
     from .commands import local
     from .kernel_mounts import plain_path
 
-    settings = config.load(vars(given), os.environ)
+    settings, mount_arguments = _mount_arguments(given)
     mountpoint = plain_path(given.mountpoint)
-    data_dir = given.data_dir.absolute() if given.data_dir is not None else local.default_data_dir(mountpoint)
-    local.up(
-        mountpoint,
-        data_dir,
-        given.daemons,
-        settings.cluster.chunk_size,
-        _setting_arguments(given, "ucx"),
-        [*_kernel_arguments(given), *_setting_arguments(given, "mount", "ucx")],
+    # Nobody else has to reach the daemons of a local cluster, unless somebody says so.
+    listen = [] if settings.daemon.listen else ["--listen=127.0.0.1"]
+    data_dir = local.up(
+        local.Wanted(
+            mountpoint,
+            given.data_dir,
+            given.daemons,
+            settings.cluster.chunk_size,
+            getattr(given, "cluster.chunk_size") is not None,
+            [*listen, *_setting_arguments(given, "ucx")],
+            mount_arguments,
+        )
     )
     if given.command:
         return local.run_under(mountpoint, given.command)
@@ -132,88 +241,122 @@ def _install_mount_helper(given: argparse.Namespace) -> int:
     return 0
 
 
-def _command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, run: Run, text: str, **more: Any
-) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", **more)
-    parser.set_defaults(run=run)
-    return parser
+# ── arguments ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of all commands."""
-    parser = argparse.ArgumentParser(
-        prog="benchfs",
-        description="An ad-hoc distributed file system.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _Parser(prog="benchfs", description="An ad-hoc distributed file system.", epilog=_EXAMPLES)
     parser.add_argument("--version", action="version", version=f"benchfs {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    one = _command(commands, "up", _up, "start a cluster on this machine and mount it")
+    def command(name: str, run: Run, text: str, examples: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=examples)
+        one.set_defaults(run=run)
+        return one
+
+    one = command("up", _up, "start a cluster on this machine and mount it", _EXAMPLES_UP)
+    one.usage = "benchfs up MOUNTPOINT [options] [-- COMMAND …]"
     one.add_argument("mountpoint", type=Path, metavar="MOUNTPOINT")
-    one.add_argument("--daemons", type=int, metavar="N", help="storage daemons of a new cluster (default: 2)")
+    one.add_argument("--daemons", type=_count, metavar="N", help="storage daemons of a new cluster (default: 2)")
     one.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="where everything is kept (default: below /var/lib/benchfs)"
     )
-    one.add_argument("-o", dest="options", action="append", default=[], metavar="OPTIONS", help="as for mount(8)")
+    _add_mount_options(one)
     config.add_options(one, "mount", "ucx", "cluster")
     one.set_defaults(command=[])
 
-    one = _command(commands, "down", _down, "unmount a cluster of this machine and stop its daemons; the data stays")
+    one = command(
+        "down", _down, "unmount a cluster of this machine and stop its daemons; the data stays", _EXAMPLES_DOWN
+    )
     one.add_argument("mountpoint", type=Path, metavar="MOUNTPOINT")
-    one.add_argument("--force", action="store_true", help="do not flush, do not wait for anybody")
+    one.add_argument("--force", action="store_true", help="at once, whoever uses it")
 
-    one = _command(commands, "init", _init, "form a cluster: its id, its secret, its shard map")
+    one = command("init", _init, "form a cluster: its id, its secret, its shard map", _EXAMPLES_INIT)
     one.add_argument("registry", type=Path, metavar="REGISTRY", help="a new directory that all nodes share")
-    one.add_argument("--daemons", type=int, required=True, metavar="N", help="how many daemons make it complete")
+    one.add_argument("--daemons", type=_count, required=True, metavar="N", help="how many daemons make it complete")
     config.add_options(one, "cluster")
 
-    one = _command(commands, "mount", _mount, "mount a cluster; returns when the mount answers")
+    one = command("mount", _mount, "mount a cluster; returns when the mount answers", _EXAMPLES_MOUNT)
     one.add_argument("mountpoint", type=Path, metavar="MOUNTPOINT")
-    one.add_argument("--registry-dir", type=Path, required=True, metavar="DIR")
+    one.add_argument("--registry-dir", type=Path, required=True, metavar="DIR", help="the registry of the cluster")
     one.add_argument("--foreground", action="store_true", help="stay, and say on standard error what happens")
     one.add_argument("--log", type=Path, metavar="FILE", help="where a mount in the background writes what happens")
-    one.add_argument("-o", dest="options", action="append", default=[], metavar="OPTIONS", help="as for mount(8)")
+    _add_mount_options(one)
     config.add_options(one, "mount", "ucx")
 
-    one = _command(commands, "umount", _umount, "flush everything and unmount")
+    one = command("umount", _umount, "flush everything and unmount", _EXAMPLES_UMOUNT)
     one.add_argument("mountpoint", type=Path, metavar="MOUNTPOINT")
     one.add_argument("--force", action="store_true", help="at once, in any state; says what could not be flushed")
-    one.add_argument("--timeout", type=float, default=60.0, metavar="S", help="give up flushing after so long (60)")
-
-    one = _command(commands, "status", _status, "show a mount, its daemons and what is under way")
-    one.add_argument("mountpoint", type=Path, metavar="MOUNTPOINT")
-    one.add_argument("--json", action="store_true")
-
-    one = _command(commands, "layout", _layout, "show where the chunks of a file lie")
-    one.add_argument("file", type=Path, metavar="FILE")
-    one.add_argument("--json", action="store_true")
-
-    one = _command(commands, "doctor", _doctor, "tell whether this machine is ready, and what to do if not")
     one.add_argument(
-        "--data-dir", type=Path, default=Path("."), metavar="DIR", help="where a daemon would keep its data"
+        "--timeout", type=_seconds, default=60.0, metavar="S", help="give up flushing after so long (default: 60)"
     )
-    one.add_argument("--json", action="store_true")
 
-    _command(commands, "install-mount-helper", _install_mount_helper, "make mount -t benchfs and /etc/fstab work")
+    one = command("status", _status, "show a mount, its daemons and what is under way", _EXAMPLES_STATUS)
+    one.add_argument("mountpoint", type=Path, metavar="MOUNTPOINT")
+    one.add_argument("--json", action="store_true", help="for programs")
+
+    one = command("layout", _layout, "show where the chunks of a file lie", _EXAMPLES_LAYOUT)
+    one.add_argument("file", type=Path, metavar="FILE")
+    one.add_argument("--json", action="store_true", help="for programs")
+
+    one = command("doctor", _doctor, "tell whether this machine is ready, and what to do if not", _EXAMPLES_DOCTOR)
+    one.add_argument(
+        "--data-dir", type=Path, default=Path(), metavar="DIR", help="where a daemon would keep its data (default: .)"
+    )
+    one.add_argument("--json", action="store_true", help="for programs")
+
+    command(
+        "install-mount-helper", _install_mount_helper, "make mount -t benchfs and /etc/fstab work", _EXAMPLES_HELPER
+    )
     return parser
+
+
+def _add_mount_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-o",
+        dest="options",
+        action="append",
+        default=[],
+        metavar="OPTIONS",
+        help="as for mount(8): ro, nosuid, noexec, noatime, attr_timeout=0, …",
+    )
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the command as Ctrl-C does: by an exception, so that it cleans up."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = make_parser()
     command: list[str] = []
     if words[:1] == ["up"] and "--" in words:
         at = words.index("--")
         words, command = words[:at], words[at + 1 :]
-    given = make_parser().parse_args(words)
+        if not command:
+            parser.error("a command has to follow --")
+    given = parser.parse_args(words)
     if command:
         given.command = command
+    run: Run = given.run
     try:
-        run: Run = given.run
-        return run(given)
+        with _ended_by_signals():
+            code = run(given)
+            sys.stdout.flush()
+        return code
     except UserError as error:
         sys.stderr.write(f"benchfs: {error}\n")
         return error.exit_code
@@ -222,6 +365,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        sys.stderr.write(f"benchfs: {error.filename or 'the system'}: {error.strerror or error}\n")
+        return 1
 
 
 if __name__ == "__main__":

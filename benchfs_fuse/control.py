@@ -4,7 +4,6 @@ The process that mounts leaves a ``MountRecord`` in the runtime directory, which
 client sends one line, a ``Question``; the process answers with lines, each a ``Report``, the last with ``done`` set.
 
     status   one report: what is open, what is under way, how the daemons are reached
-    left     one report, at once: what is open and not flushed
     left     one report, without asking anybody: what is under way
     drain    flush everything; a report after every file
     layout   one report: where the chunks of inode ``ino`` lie
@@ -14,6 +13,7 @@ import contextlib
 import hashlib
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -135,6 +135,13 @@ def read_record(mountpoint: Path) -> MountRecord | None:
         return None
 
 
+def records() -> Iterator[MountRecord]:
+    """Yield the records of all mounts of this user, dead ones among them."""
+    for path in sorted(runtime_dir().glob("*.mount.json")):
+        with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):
+            yield msgspec.json.decode(path.read_bytes(), type=MountRecord)
+
+
 def remove_record(mountpoint: Path) -> None:
     """Take the record and the socket away."""
     record_file(mountpoint).unlink(missing_ok=True)
@@ -144,8 +151,9 @@ def remove_record(mountpoint: Path) -> None:
 def ask(record: MountRecord, question: Question, timeout_s: float) -> Iterator[Report]:
     """Ask a mount process; yield its reports. For synchronous programs.
 
-    ``timeout_s`` bounds the wait for each report. UserError when the process does not answer.
+    ``timeout_s`` bounds the whole answer. UserError when the process does not answer, or not in time.
     """
+    deadline = time.monotonic() + timeout_s
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(timeout_s)
         try:
@@ -157,6 +165,7 @@ def ask(record: MountRecord, question: Question, timeout_s: float) -> Iterator[R
                     yield report
                     if report.done:
                         return
+                    connection.settimeout(max(0.001, deadline - time.monotonic()))
         except TimeoutError:
             raise UserError(
                 f"the process {record.process.pid} behind {record.mountpoint} did not answer in {timeout_s:g} s"

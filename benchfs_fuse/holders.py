@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _PROC = Path("/proc")
+_DELETED = " (deleted)"
 
 
 class Holder(NamedTuple):
@@ -32,25 +33,29 @@ def _links(process: Path) -> list[tuple[str, Path]]:
     return found
 
 
+def _what_holds(process: Path, mountpoint: str) -> str | None:
+    for what, link in _links(process):
+        try:
+            target = os.readlink(link).removesuffix(_DELETED)
+        except OSError:
+            continue
+        if _below(target, mountpoint):
+            return f"{what} {target}"
+    return None
+
+
 def holders(mountpoint: Path) -> list[Holder]:
     """List the processes that use anything below ``mountpoint`` (an absolute path without symbolic links).
 
     Without root, processes of other users are not seen.
     """
     found = []
-    for entry in _PROC.iterdir():
-        if not entry.name.isdigit():
+    for process in _PROC.iterdir():
+        if not process.name.isdigit() or (what := _what_holds(process, str(mountpoint))) is None:
             continue
-        for what, link in _links(entry):
-            try:
-                target = os.readlink(link)
-            except OSError:
-                continue
-            if _below(target.removesuffix(" (deleted)"), str(mountpoint)):
-                try:
-                    command = (entry / "comm").read_text().strip()
-                except OSError:
-                    break
-                found.append(Holder(int(entry.name), command, f"{what} {target}"))
-                break
+        try:
+            command = (process / "comm").read_text(errors="replace").strip()
+        except OSError:
+            continue  # it has ended
+        found.append(Holder(int(process.name), command, what))
     return sorted(found)

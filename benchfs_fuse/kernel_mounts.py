@@ -8,6 +8,8 @@ import ctypes
 import errno
 import os
 import re
+import select
+import signal
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +21,12 @@ FUSE_TYPE = "fuse.benchfs"
 _CONNECTIONS = Path("/sys/fs/fuse/connections")
 _MNT_FORCE = 1
 _MNT_DETACH = 2
+#: Symbolic links followed at the end of a path: MAXSYMLINKS of Linux (include/linux/namei.h).
+_SYMLINKS_MAX = 40
+#: Seconds for a healthy mount to say how much space there is: what needs longer is stuck, but served.
+_ANSWER_S = 1.0
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
+_USER = re.compile(rb"(?:^|,)user_id=([0-9]+)")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -30,6 +37,8 @@ class KernelMount(NamedTuple):
     fstype: str
     source: str
     minor: int
+    #: Who mounted it, for FUSE.
+    user: int | None = None
 
 
 def _unescape(field: bytes) -> str:
@@ -43,14 +52,34 @@ def mounts() -> list[KernelMount]:
         before, _, behind = line.partition(b" - ")
         fields, tail = before.split(b" "), behind.split(b" ")
         minor = int(fields[2].partition(b":")[2])
-        found.append(KernelMount(Path(_unescape(fields[4])), tail[0].decode(), _unescape(tail[1]), minor))
+        user = _USER.search(tail[-1])
+        found.append(
+            KernelMount(
+                Path(_unescape(fields[4])),
+                tail[0].decode(),
+                _unescape(tail[1]),
+                minor,
+                int(user[1]) if user is not None else None,
+            )
+        )
     return found
 
 
 def plain_path(path: Path) -> Path:
-    """Make a path absolute and free of symbolic links without touching its last component, which may hang."""
+    """Make a path absolute and free of symbolic links without asking what may be mounted at it, which may hang.
+
+    readlink(2) of a directory is answered by the kernel alone; a stat of it is not.
+    """
     absolute = Path(os.path.abspath(path))
-    return absolute if absolute == absolute.parent else Path(os.path.realpath(absolute.parent)) / absolute.name
+    for _ in range(_SYMLINKS_MAX):
+        if absolute == absolute.parent:
+            break
+        absolute = Path(os.path.realpath(absolute.parent)) / absolute.name
+        try:
+            absolute = Path(os.path.normpath(absolute.parent / os.readlink(absolute)))
+        except OSError:
+            break
+    return absolute
 
 
 def find(mountpoint: Path) -> KernelMount | None:
@@ -60,10 +89,34 @@ def find(mountpoint: Path) -> KernelMount | None:
 
 
 def above(path: Path) -> KernelMount | None:
-    """Return the mount that holds ``path``: the deepest mount point on the way down to it."""
+    """Return the mount that holds ``path``: the deepest mount point on the way down to it, the newest if stacked."""
     place = plain_path(path)
-    holding = [mount for mount in mounts() if place.is_relative_to(mount.mountpoint)]
+    holding = [mount for mount in reversed(mounts()) if place.is_relative_to(mount.mountpoint)]
     return max(holding, key=lambda mount: len(mount.mountpoint.parts), default=None)
+
+
+def beneath(mountpoint: Path) -> list[Path]:
+    """List the mount points inside a mount (a plain path): they keep it busy."""
+    return [mount.mountpoint for mount in mounts() if mountpoint in mount.mountpoint.parents]
+
+
+def answers(mountpoint: Path) -> bool:
+    """Tell whether a process still serves a FUSE mount, however slowly. Asked by a child, which may hang for us."""
+    child = subprocess.Popen(
+        ["stat", "--file-system", "--", str(mountpoint)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "LC_ALL": "C"},
+    )
+    assert child.stderr is not None
+    with child.stderr as said:
+        if not select.select([said], [], [], _ANSWER_S)[0]:
+            child.kill()  # which may take until the mount is freed: nobody waits for it
+            child.returncode = -signal.SIGKILL
+            return True
+        trouble = said.read()
+    child.wait()
+    return b"not connected" not in trouble
 
 
 def inside_benchfs(path: Path) -> bool:

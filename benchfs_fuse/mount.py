@@ -11,7 +11,6 @@ import functools
 import logging
 import os
 import signal
-import stat
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -21,10 +20,10 @@ from typing import NamedTuple
 import msgspec
 import trio
 
-from . import __version__, config, control, fuse, kernel_mounts
+from . import __version__, config, control, fuse, kernel_mounts, mountpoints
 from .client import Session, open_session
 from .errors import FsError, UserError
-from .processes import alive, identify
+from .processes import identify
 from .rpc.messages import StatusReply
 from .services.parallel import each
 
@@ -49,47 +48,6 @@ class MountOptions(NamedTuple):
     fuse_options: tuple[str, ...] = ()
     #: A line is written here when the mount answers.
     ready_fd: int | None = None
-
-
-def prepare_mountpoint(mountpoint: Path, registry: Path) -> Path:
-    """Check a mount point, clean up what a dead mount left there, return its plain path. UserError if it won't do."""
-    path = kernel_mounts.plain_path(mountpoint)
-    while kernel_mounts.is_benchfs(kernel_mounts.find(path)):
-        if _is_served(path):
-            raise UserError(f"{path} is mounted already; unmount it first: benchfs umount {path}")
-        log.warning("%s was left broken by a dead mount: cleaning up", path)
-        _detach(path)
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: make the directory first") from None
-    except OSError as error:
-        raise UserError(f"cannot use {path}: {error.strerror}") from None
-    if not stat.S_ISDIR(mode):
-        raise UserError(f"{path} is not a directory")
-    path = path.resolve()
-    if registry.resolve().is_relative_to(path):
-        raise UserError(f"the registry {registry} lies inside the mount point {path}, where it would be hidden")
-    return path
-
-
-def _is_served(path: Path) -> bool:
-    """Tell whether a process still serves a mount of ours: by its record, else by asking what no cache answers."""
-    record = control.read_record(path)
-    if record is not None:
-        return alive(record.process)
-    try:
-        os.statvfs(path)
-    except OSError:
-        return False
-    return True
-
-
-def _detach(path: Path) -> None:
-    try:
-        kernel_mounts.detach(path)
-    except OSError as error:
-        raise UserError(f"cannot clean up the broken mount at {path}: {error.strerror}") from None
 
 
 def tune_kernel(mountpoint: Path) -> list[str]:
@@ -196,8 +154,6 @@ class Mount:
         except OSError as error:
             raise UserError(f"{self._mountpoint} is mounted, but does not answer: {error.strerror}") from None
         self._not_tuned = tuple(tune_kernel(self._mountpoint))
-        for complaint in self._not_tuned:
-            log.warning("%s", complaint)
         await self._say_if_second(session)
         path = control.socket_file(self._mountpoint)
         async with trio.open_nursery() as nursery:
@@ -207,7 +163,7 @@ class Mount:
             control.write_record(
                 control.MountRecord(
                     str(self._mountpoint),
-                    str(self._options.registry),
+                    str(self._options.registry.absolute()),
                     session.cluster_id,
                     process,
                     str(path),
@@ -338,7 +294,7 @@ def run_mount(options: MountOptions) -> int:
     """Mount, serve, unmount; return the exit code. Errors of users are said in one sentence on stderr."""
     code = 0
     try:
-        mountpoint = prepare_mountpoint(options.mountpoint, options.registry)
+        mountpoint = mountpoints.prepare(options.mountpoint, options.registry)
         trio.run(Mount(options, mountpoint).run)
     except* UserError as group:
         first: BaseException = group

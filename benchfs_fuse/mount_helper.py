@@ -5,10 +5,12 @@ exit codes 1 (wrong use) and 32 (mount failure); mount(8), "External helpers" an
 """
 
 import getopt
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import config
 from .commands.mounting import mount_in_background
 from .commands.options import parse_options
 from .errors import UserError
@@ -16,6 +18,10 @@ from .errors import UserError
 USAGE = "usage: mount.benchfs REGISTRY MOUNTPOINT [-fnsv] [-o OPTIONS]"
 EXIT_USAGE = 1
 EXIT_FAILED = 32
+
+
+def _say(sentence: str) -> None:
+    sys.stderr.write(f"mount.benchfs: {sentence}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,16 +35,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     try:
         options = parse_options(",".join(value for flag, value in flags if flag == "-o"))
+        config.load(options.settings(), os.environ)
     except UserError as error:
-        sys.stderr.write(f"mount.benchfs: {error}\n")
+        _say(str(error))
+        return EXIT_USAGE
+    if any(flag == "-N" for flag, _ in flags):
+        _say("another mount namespace (-N) is not supported: run mount inside it, with nsenter(1)")
         return EXIT_USAGE
     if ("-f", "") in flags:
         return 0
-    kernel = [word for option in options.kernel for word in ("-o", option)]
     try:
-        mount_in_background(mountpoint, registry, None, [*kernel, *options.arguments])
+        mount_in_background(mountpoint, registry, None, options.words, _say)
     except UserError as error:
-        sys.stderr.write(f"mount.benchfs: {error}\n")
+        _say(str(error))
         return EXIT_FAILED
     return 0
 

@@ -5,16 +5,32 @@ Waiting for an end is waiting on a pidfd (pidfd_open(2)), never a poll of /proc.
 
 import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO, Self
 
 import msgspec
 
 from .errors import UserError
+
+#: Seconds for the kernel to take away what was killed. What needs longer sits in a call that nothing interrupts: nobody
+#: can do more about it.
+KILLED_S = 0.5
+#: Seconds for what has just started to end in order, before it is killed: it holds nothing that takes longer.
+STOPPED_S = 5.0
+#: Seconds between looks at what a starting process says, for the eyes of who waits for it. Nothing else waits for it.
+LOOK_S = 0.2
+
+#: How our programs say, in one sentence, why they end (argparse puts "error: " in front).
+_SENTENCE = re.compile(r"benchfsd?: (?:error: )?(.+)")
+#: How they log what people should know.
+_WARNING = re.compile(r"[-0-9]+ [:,0-9]+ (?:WARNING|ERROR) (.+)")
 
 
 class ProcessId(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,59 +54,179 @@ def alive(process: ProcessId) -> bool:
     return identify(process.pid) == process
 
 
-def end(process: ProcessId, deadline_s: float) -> bool:
-    """Ask a process to end (SIGTERM), kill it when it has not within ``deadline_s``; tell whether asking was enough.
+# ── ending ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    It is reaped by whoever is its parent.
-    """
+
+class _Watch:
+    """Hold a process by its pidfd: a signal through it reaches no other. ProcessLookupError when it has gone."""
+
+    def __init__(self, process: ProcessId) -> None:
+        self.process = process
+        self.pidfd = os.pidfd_open(process.pid)
+        if not alive(process):
+            os.close(self.pidfd)
+            raise ProcessLookupError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self.pidfd)
+
+    def signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+
+def _wait_gone(watches: Collection[_Watch], timeout_s: float) -> list[_Watch]:
+    """Wait until all have ended; return those that have not in time."""
+    deadline = time.monotonic() + timeout_s
+    left = list(watches)
+    while left:
+        ended = select.select([watch.pidfd for watch in left], [], [], max(0.0, deadline - time.monotonic()))[0]
+        if not ended:
+            break
+        left = [watch for watch in left if watch.pidfd not in ended]
+    return left
+
+
+def wait_end(process: ProcessId, timeout_s: float) -> bool:
+    """Wait until a process has ended by itself; tell whether it has."""
     try:
-        pidfd = os.pidfd_open(process.pid)
+        with _Watch(process) as watch:
+            return not _wait_gone([watch], timeout_s)
     except ProcessLookupError:
         return True
-    try:
-        if not alive(process):
-            return True
-        for signal_number, wait_s in ((signal.SIGTERM, deadline_s), (signal.SIGKILL, None)):
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal_number)
-            if select.select([pidfd], [], [], wait_s)[0]:
-                return signal_number == signal.SIGTERM
-        raise AssertionError("a killed process ends")
-    finally:
-        os.close(pidfd)
 
 
-def start_module(module: str, arguments: Sequence[str], log: Path, ready_option: str) -> ProcessId:
-    """Run ``python -m module`` in its own session until it says that it is ready; return what it is.
+def end(processes: Iterable[ProcessId], timeout_s: float) -> list[ProcessId]:
+    """Ask processes to end (SIGTERM), kill those that have not within ``timeout_s``; return those that were killed.
 
-    The process gets ``ready_option FD`` and writes a line there when it serves. Its output goes to the end of ``log``.
-    UserError with its last words when it ends before that.
+    They are reaped by whoever is their parent.
     """
-    reader, writer = os.pipe()
-    try:
-        with log.open("ab") as output:
-            log_start = output.tell()
-            child = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments, ready_option, str(writer)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=[writer],
-                start_new_session=True,
-                cwd="/",
-            )
-    finally:
-        os.close(writer)
-    with os.fdopen(reader, "rb") as ready:
-        said = ready.readline()
-    process = identify(child.pid)
-    if said and process is not None:
-        child.returncode = 0  # it is init's child from here on: nobody waits for it
-        return process
-    child.wait()
-    with log.open("rb") as output:
-        output.seek(log_start)
-        last = output.read().decode(errors="replace").strip().splitlines()
-    if not last:
-        raise UserError(f"{module} ended with code {child.returncode} and said nothing; see {log}")
-    raise UserError(last[-1].removeprefix("benchfs: "))
+    with contextlib.ExitStack() as stack:
+        watches = []
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                watches.append(stack.enter_context(_Watch(process)))
+        for watch in watches:
+            watch.signal(signal.SIGTERM)
+        stuck = _wait_gone(watches, timeout_s)
+        for watch in stuck:
+            watch.signal(signal.SIGKILL)
+        _wait_gone(stuck, KILLED_S)
+        return [watch.process for watch in stuck]
+
+
+# ── starting ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Starting:
+    """Be a module of ours that was started as ``python -m`` in its own session and is not ready yet.
+
+    It gets ``--ready-fd FD`` and writes a line there when it serves. Its output goes to the end of ``log``.
+    """
+
+    def __init__(self, module: str, arguments: Sequence[str], log: Path) -> None:
+        self._module = module
+        self._log = log
+        self._ready, writer = os.pipe()
+        try:
+            try:
+                with log.open("ab") as output:
+                    self._log_start = output.tell()
+                    self._child = subprocess.Popen(
+                        [sys.executable, "-m", module, *arguments, "--ready-fd", str(writer)],
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=output,
+                        pass_fds=[writer],
+                        start_new_session=True,
+                        cwd="/",
+                    )
+            finally:
+                os.close(writer)
+        except OSError as error:
+            os.close(self._ready)
+            raise UserError(f"cannot start {module} with the log {log}: {error.strerror}") from None
+
+    @property
+    def process(self) -> ProcessId | None:
+        """Return what the process is, None if it has ended."""
+        return identify(self._child.pid)
+
+    def fileno(self) -> int:
+        """Return the descriptor that becomes readable when the process is ready or has ended."""
+        return self._ready
+
+    def finish(self) -> ProcessId:
+        """Return what the process is, once ``fileno`` is readable. UserError: it has ended; says why."""
+        ready = os.read(self._ready, 1)
+        os.close(self._ready)
+        process = self.process
+        if ready and process is not None:
+            self._child.returncode = 0  # it is init's child from here on: nobody waits for it
+            return process
+        self._child.wait()
+        raise UserError(self._reason())
+
+    def stop(self) -> None:
+        """End the process if it has not been finished with."""
+        if self._child.returncode is None:
+            process = self.process
+            if process is not None:
+                end([process], STOPPED_S)
+            self._child.poll()
+            os.close(self._ready)
+
+    def open_log(self) -> BinaryIO:
+        """Open the log where this process begins in it."""
+        said = self._log.open("rb")
+        said.seek(self._log_start)
+        return said
+
+    def _reason(self) -> str:
+        """Say why it ended: its own last sentence, or else where to look."""
+        with self.open_log() as log:
+            said = log.read().decode(errors="replace")
+        sentences = [match[1] for line in said.splitlines() if (match := _SENTENCE.match(line))]
+        if sentences:
+            return sentences[-1]
+        code = self._child.returncode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return f"{self._module} {how} before it was ready; its last words are in {self._log}"
+
+
+def wait_ready(
+    starting: Sequence[Starting], tell: Callable[[str], None] = lambda sentence: None
+) -> dict[Starting, ProcessId]:
+    """Wait until all are ready; return what they are.
+
+    ``tell`` gets the warnings that they log meanwhile. UserError when one ends instead: then, and when the wait is
+    interrupted, none of them is left.
+    """
+    ready: dict[Starting, ProcessId] = {}
+    with contextlib.ExitStack() as logs:
+        said = [logs.enter_context(one.open_log()) for one in starting]
+        try:
+            while waiting := [one for one in starting if one not in ready]:
+                for one in select.select(waiting, [], [], LOOK_S)[0]:
+                    ready[one] = one.finish()
+                for log in said:
+                    _tell_warnings(log, tell)
+        except BaseException:
+            for one in starting:
+                one.stop()
+            end(ready.values(), STOPPED_S)
+            raise
+    return ready
+
+
+def _tell_warnings(log: BinaryIO, tell: Callable[[str], None]) -> None:
+    """Tell the warnings in the whole lines that were added to a log."""
+    while line := log.readline():
+        if not line.endswith(b"\n"):
+            log.seek(-len(line), os.SEEK_CUR)
+            return
+        if match := _WARNING.match(line.decode(errors="replace")):
+            tell(match[1])

@@ -67,7 +67,10 @@ ROOMS = {
         packages=("trio", "msgspec", "pyfuse3"),
     ),
     "machine": Room(  # this host's processes and files: what roots share
-        modules=("control", "datadir", "holders", "kernel_mounts", "processes", "registry", "runtime", "config"),
+        modules=(
+            *("config", "control", "datadir", "holders", "kernel_mounts", "mountpoints", "processes", "registry"),
+            "runtime",
+        ),
         rooms=("pure", "machine"),
         packages=("trio", "msgspec"),
     ),

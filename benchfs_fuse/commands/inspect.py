@@ -2,96 +2,112 @@
 
 import json
 import os
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
 
-from .. import control, kernel_mounts
+from .. import control, kernel_mounts, mountpoints
 from ..errors import UserError
-from ..processes import alive
 
 #: Seconds for an answer: the mount process itself gives its daemons two.
 STATUS_TIMEOUT_S = 5.0
 EXIT_DEGRADED = 3
 
 
-def record_of(mountpoint: Path) -> control.MountRecord:
-    """Return the record of a live mount. UserError says what is there instead."""
-    path = kernel_mounts.plain_path(mountpoint)
-    mounted = kernel_mounts.find(path)
-    if mounted is None:
-        raise UserError(f"{path} is not mounted")
-    if not kernel_mounts.is_benchfs(mounted):
-        raise UserError(f"{path} is a mount of type {mounted.fstype}, not benchfs")
-    record = control.read_record(path)
-    if record is None or not alive(record.process):
-        raise UserError(f"{path} is mounted, but its process has died; clean up with: benchfs umount {path}")
-    return record
-
-
 def status(mountpoint: Path, as_json: bool) -> int:
-    """Show a mount and its daemons; return EXIT_DEGRADED when a daemon is missing or the mount was expelled."""
-    record = record_of(mountpoint)
+    """Show a mount and its daemons; return EXIT_DEGRADED when one is missing or silent, or the mount was expelled."""
+    _, record = mountpoints.look(mountpoint).served()
     *_, report = control.ask(record, control.Question("status"), STATUS_TIMEOUT_S)
-    missing = [daemon for daemon in report.daemons if not daemon.connected]
+    well = all(map(_is_well, report.daemons))
     if as_json:
-        print(json.dumps({"mount": msgspec.to_builtins(record), **msgspec.to_builtins(report)}, indent=2))  # noqa: T201
+        _write_json({"mount": msgspec.to_builtins(record), **msgspec.to_builtins(report)})
     else:
         _show(record, report)
-    return EXIT_DEGRADED if missing or report.expelled else 0
+    return 0 if well and not report.expelled else EXIT_DEGRADED
 
 
 def _show(record: control.MountRecord, report: control.Report) -> None:
-    console = Console(soft_wrap=True)
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.since_s))
-    console.print(f"{record.mountpoint}  cluster {record.cluster_id}, benchfs {report.version}, since {since}")
+    console = _console()
     console.print(
+        f"{record.mountpoint}  cluster {record.cluster_id}, benchfs {report.version}, since {_time(record.since_s)}\n"
         f"  process {record.process.pid}, registry {record.registry}\n"
         f"  {report.handles} handles on {report.files} files, {report.dirty_files} of them with "
         f"{decimal(report.accepted_bytes)} accepted and not yet flushed"
     )
     if report.expelled:
-        console.print(f"  [red]expelled: {report.expelled}; its open files are lost: unmount and mount again")
+        console.print(
+            f"  expelled: {report.expelled}; its open files are lost: unmount and mount again", style="bold red"
+        )
     for complaint in report.not_tuned:
-        console.print(f"  [yellow]not tuned: {complaint}")
-    table = Table("daemon", "address", "state", "via", "version", "free", "of", "sessions", "in flight", box=None)
+        console.print(f"  not tuned: {complaint}", style="yellow")
+    rows = [("daemon", "address", "via", "version", "free", "of", "sessions", "in flight", "state")]
     for daemon in report.daemons:
         said: dict[str, Any] = daemon.status or {}
         usage = said.get("usage", [])
-        table.add_row(
-            str(daemon.daemon_id),
-            daemon.address,
-            _state(daemon),
-            daemon.transport or "–",
-            said.get("version", "–"),
-            decimal(sum(one["available"] for one in usage)) if usage else "–",
-            decimal(sum(one["total"] for one in usage)) if usage else "–",
-            str(len(said["sessions"])) if said else "–",
-            str(daemon.in_flight),
+        rows.append(
+            (
+                str(daemon.daemon_id),
+                daemon.address or "–",
+                daemon.transport or "–",
+                said.get("version", "–"),
+                decimal(sum(one["available"] for one in usage)) if usage else "–",
+                decimal(sum(one["total"] for one in usage)) if usage else "–",
+                str(len(said["sessions"])) if said else "–",
+                str(daemon.in_flight),
+                _state(daemon),
+            )
         )
-    console.print(table)
+    styles = [None, *(None if _is_well(daemon) else "red" for daemon in report.daemons)]
+    for line, style in zip(_columns(rows), styles, strict=True):
+        console.print(line, style=style)
+
+
+def _console() -> Console:
+    """Return a console that cuts nothing, and takes nothing in a name for markup."""
+    return Console(soft_wrap=True, highlight=False, markup=False)
+
+
+def _time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lay rows out in columns as wide as their widest cell, whatever the terminal's width is."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _write_json(content: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")
+
+
+def _is_well(daemon: control.DaemonReport) -> bool:
+    return daemon.connected and daemon.status is not None
 
 
 def _state(daemon: control.DaemonReport) -> str:
-    if daemon.connected:
-        return "alive" if daemon.status is not None else "[yellow]connected, silent"
-    since = time.strftime("%H:%M:%S", time.localtime(daemon.missing_since_s))
-    return f"[red]missing since {since}: {daemon.trouble}"
+    if not daemon.connected:
+        return f"missing since {_time(daemon.missing_since_s)}: {daemon.trouble}"
+    return "alive" if daemon.status is not None else "connected, silent"
 
 
 def layout(file: Path, as_json: bool) -> int:
     """Show the chunks of a file, and how much of each its daemon holds."""
-    mounted = kernel_mounts.above(file)
-    if not kernel_mounts.is_benchfs(mounted) or mounted is None:
+    path = kernel_mounts.plain_path(file)
+    mounted = kernel_mounts.above(path)
+    if mounted is None or not kernel_mounts.is_benchfs(mounted):
         raise UserError(f"{file} is not in a benchfs mount")
-    record = record_of(mounted.mountpoint)
+    _, record = mountpoints.look(mounted.mountpoint).served()
     try:
-        ino = os.stat(file, follow_symlinks=False).st_ino
+        ino = os.stat(path, follow_symlinks=False).st_ino
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
     *_, report = control.ask(record, control.Question("layout", ino), STATUS_TIMEOUT_S)
@@ -99,18 +115,19 @@ def layout(file: Path, as_json: bool) -> int:
     if found is None:
         raise UserError(f"{file}: {report.trouble}")
     if as_json:
-        print(json.dumps({"file": str(file), **msgspec.to_builtins(found)}, indent=2))  # noqa: T201
+        _write_json({"file": str(file), **msgspec.to_builtins(found)})
         return 0
-    console = Console()
+    console = _console()
     console.print(
         f"{file}  inode {ino:#x} on daemon {found.daemon}, {found.size} bytes, {found.allocated} allocated, "
         f"{found.count} chunks of {found.chunk_size} bytes in rows of {found.width}"
     )
-    table = Table("chunk", "at", "length", "daemon")
-    for chunk in found.chunks:
-        table.add_row(str(chunk.index), str(chunk.offset), str(chunk.length), str(chunk.daemon))
+    rows = [
+        ("chunk", "at", "length", "daemon"),
+        *((str(chunk.index), str(chunk.offset), str(chunk.length), str(chunk.daemon)) for chunk in found.chunks),
+    ]
+    for line in _columns(rows) if found.chunks else ():
+        console.print(line)
     if found.count > len(found.chunks):
-        table.caption = f"{found.count - len(found.chunks)} more chunks are not listed"
-    if found.chunks:
-        console.print(table)
+        console.print(f"  {found.count - len(found.chunks)} more chunks are not listed")
     return 0

@@ -8,26 +8,33 @@ Everything lies in one directory, which outlives the cluster:
     mount.log
     cluster.json        which processes run now (LocalCluster)
 
-A link in the runtime directory leads from the mount point to it.
+A link in the runtime directory leads from the mount point to it, from the first start of ``up`` to the end of ``down``:
+what was left by a killed ``up`` is found and taken down too.
 """
 
 import contextlib
+import fcntl
 import os
+import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
 
 import msgspec
 
+from .. import control, mountpoints
 from ..errors import UserError
-from ..processes import ProcessId, alive, end, start_module
-from ..registry import init_registry
+from ..mountpoints import Place, State
+from ..processes import ProcessId, Starting, alive, end, wait_ready
+from ..registry import Registry, init_registry
 from ..runtime import file_for
-from .mounting import is_alive, mount_in_background, unmount
+from .mounting import FORCE_LEAVE_S, start_mount, tell, unmount
 
-#: A daemon that was asked to stop finishes its requests and closes its stores; that takes milliseconds, so a
-#: daemon that needs longer than this is stuck.
+DAEMONS_DEFAULT = 2
+#: Seconds for a daemon that was asked to stop: it finishes its requests and closes its stores, which takes
+#: milliseconds. One that needs longer than this is stuck.
 DAEMON_STOP_S = 20.0
 
 
@@ -37,6 +44,26 @@ class LocalCluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mountpoint: str
     daemons: tuple[ProcessId | None, ...]
 
+    @property
+    def running(self) -> list[ProcessId]:
+        """Return the daemons that run."""
+        return [process for process in self.daemons if process is not None and alive(process)]
+
+
+class Wanted(NamedTuple):
+    """Say what cluster to bring up where. ``data_dir`` None: what is up there, or the default place."""
+
+    mountpoint: Path
+    data_dir: Path | None
+    #: Number of daemons; None: as many as there are, in a new cluster DAEMONS_DEFAULT.
+    daemons: int | None
+    #: Bytes, for a new cluster.
+    chunk_size: int
+    #: Refuse an existing cluster of another chunk size.
+    chunk_size_matters: bool
+    daemon_arguments: Sequence[str]
+    mount_arguments: Sequence[str]
+
 
 def default_data_dir(mountpoint: Path) -> Path:
     """Return where the local cluster of a mount point keeps its data unless told otherwise."""
@@ -45,6 +72,21 @@ def default_data_dir(mountpoint: Path) -> Path:
         return Path("/var/lib/benchfs") / name
     base = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
     return Path(base) / "benchfs" / name
+
+
+# ── what is remembered ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _link(mountpoint: Path) -> Path:
+    return file_for(mountpoint, ".up")
+
+
+def _linked(mountpoint: Path) -> Path | None:
+    """Return the data directory of the local cluster that is up at a mount point, or was when its end came."""
+    try:
+        return _link(mountpoint).readlink()
+    except FileNotFoundError:
+        return None
 
 
 def _read(data_dir: Path) -> LocalCluster | None:
@@ -62,125 +104,204 @@ def _write(data_dir: Path, cluster: LocalCluster) -> None:
     new.rename(data_dir / "cluster.json")
 
 
-def _daemon_dirs(data_dir: Path) -> list[Path]:
-    return sorted(data_dir.glob("daemon-*[0-9]"), key=lambda path: int(path.name.rpartition("-")[2]))
+@contextlib.contextmanager
+def _alone(data_dir: Path) -> Iterator[None]:
+    """Let only one ``up`` or ``down`` at a data directory; others wait until it is done."""
+    fd = os.open(data_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
-def _daemons_wanted(data_dir: Path, daemons: int | None, chunk_size: int) -> int:
-    """Return how many daemons to run; form the cluster if the directory is new."""
-    registry = data_dir / "registry"
-    if not registry.exists():
-        count = daemons or 2
-        init_registry(registry, count, chunk_size)
-        for index in range(count):
-            (data_dir / f"daemon-{index}").mkdir(mode=0o700, exist_ok=True)
-        return count
-    count = len(_daemon_dirs(data_dir))
-    if daemons not in (None, count):
-        raise UserError(
-            f"{data_dir} holds a cluster of {count} daemons, not {daemons}: leave --daemons out, or choose another "
-            f"--data-dir"
-        )
-    return count
+# ── up ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def up(
-    mountpoint: Path,
-    data_dir: Path,
-    daemons: int | None,
-    chunk_size: int,
-    daemon_arguments: Sequence[str],
-    mount_arguments: Sequence[str],
-) -> None:
-    """Start what does not run yet: daemons, mount. When it fails, nothing is left behind but the data.
+def up(wanted: Wanted) -> Path:
+    """Start what does not run yet: daemons, mount. Return the data directory.
 
-    ``chunk_size`` (bytes) is used when the cluster is formed.
+    UserError when it cannot be: then nothing that this call has started is left, but the data.
     """
+    place = mountpoints.look(wanted.mountpoint)
+    linked = _linked(place.path)
+    data_dir = (wanted.data_dir or linked or default_data_dir(place.path)).resolve()
+    _refuse_strangers(place, data_dir, linked)
     try:
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _alone(data_dir):
+            _bring_up(place, data_dir, wanted)
     except OSError as error:
-        raise UserError(f"cannot make the data directory {data_dir}: {error.strerror}") from None
+        raise UserError(f"cannot use {error.filename or data_dir}: {error.strerror}") from None
+    return data_dir
+
+
+def _refuse_strangers(place: Place, data_dir: Path, linked: Path | None) -> None:
+    """Refuse a mount point or a data directory that another cluster or mount point uses. UserError."""
+    path = place.path
+    if data_dir.is_relative_to(path):
+        raise UserError(f"the data directory {data_dir} lies inside the mount point {path}, where it would be hidden")
+    if linked is not None and linked != data_dir and (there := _read(linked)) is not None and there.running:
+        raise UserError(f"the cluster in {linked} is up at {path}; take it down first: benchfs down {path}")
+    if place.state is State.SERVED:
+        _, record = place.served()
+        if record.registry != str(data_dir / "registry"):
+            raise UserError(
+                f"{path} is mounted already, from the registry {record.registry}; unmount it first: "
+                f"benchfs umount {path}"
+            )
+    elif place.state is State.FOREIGN:
+        raise UserError(f"{path} is mounted already; unmount it first: benchfs umount {path}")
+    elif place.state is not State.DEAD:
+        mountpoints.check_directory(path)
     before = _read(data_dir)
-    count = _daemons_wanted(data_dir, daemons, chunk_size)
-    running = before.daemons if before is not None else ()
-    if before is not None and before.mountpoint != str(mountpoint) and any(p and alive(p) for p in running):
+    if before is not None and before.mountpoint != str(path) and before.running:
         raise UserError(
             f"the cluster in {data_dir} is up at {before.mountpoint}; to mount it twice run: "
-            f"benchfs mount {mountpoint} --registry-dir {data_dir / 'registry'}"
+            f"benchfs mount {path} --registry-dir {data_dir / 'registry'}"
         )
-    processes: list[ProcessId | None] = [*running, *[None] * (count - len(running))]
-    started: list[ProcessId] = []
+
+
+def _form(data_dir: Path, wanted: Wanted) -> list[Path]:
+    """Form the cluster if the directory is new; return the data directories of its daemons. UserError."""
     registry = data_dir / "registry"
+    if not registry.exists():
+        init_registry(registry, wanted.daemons or DAEMONS_DEFAULT, wanted.chunk_size)
+    with Registry(registry) as found:
+        cluster = found.cluster
+    if wanted.daemons not in (None, cluster.daemons):
+        raise UserError(
+            f"{data_dir} holds a cluster of {cluster.daemons} daemons, not {wanted.daemons}: leave --daemons out, or "
+            f"choose another --data-dir"
+        )
+    if wanted.chunk_size_matters and wanted.chunk_size != cluster.chunk_size:
+        raise UserError(
+            f"{data_dir} holds a cluster with chunks of {cluster.chunk_size} bytes: leave --chunk-size out, set "
+            f"another for a directory (setfattr -n user.benchfs.chunk_size), or choose another --data-dir"
+        )
+    folders = [data_dir / f"daemon-{index}" for index in range(cluster.daemons)]
+    for folder in folders:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    return folders
+
+
+def _bring_up(place: Place, data_dir: Path, wanted: Wanted) -> None:
+    folders = _form(data_dir, wanted)
+    registry = data_dir / "registry"
+    before = _read(data_dir)
+    running: list[ProcessId | None] = list(before.daemons) if before is not None else [None] * len(folders)
+    link, was_linked = _link(place.path), _linked(place.path)
+    if was_linked != data_dir:
+        link.unlink(missing_ok=True)
+        link.symlink_to(data_dir)
+    starting: list[Starting] = []
     try:
-        for index, folder in enumerate(_daemon_dirs(data_dir)):
-            process = processes[index]
+        for index, folder in enumerate(folders):
+            process = running[index]
             if process is not None and alive(process):
                 continue
-            process = start_module(
-                "benchfs_fuse.daemon",
-                [
-                    "--registry-dir",
-                    str(registry),
-                    "--data-dir",
-                    str(folder),
-                    "--listen",
-                    "127.0.0.1",
-                    *daemon_arguments,
-                ],
-                data_dir / f"daemon-{index}.log",
-                "--ready-fd",
+            arguments = [f"--registry-dir={registry}", f"--data-dir={folder}", f"--daemon-id={index}"]
+            starting.append(
+                one := Starting("benchfs_fuse.daemon", [*arguments, *wanted.daemon_arguments], _log_of(folder))
             )
-            started.append(process)
-            processes[index] = process
-        _write(data_dir, LocalCluster(str(mountpoint), tuple(processes)))
-        if not is_alive(mountpoint):
-            mount_in_background(mountpoint, registry, data_dir / "mount.log", mount_arguments)
+            running[index] = one.process
+            _write(data_dir, LocalCluster(str(place.path), tuple(running)))
+        if place.state is not State.SERVED:
+            # Together with the daemons: it waits for them, and says at once what is wrong with the mount point.
+            starting.append(start_mount(place.path, registry, data_dir / "mount.log", wanted.mount_arguments))
+        wait_ready(starting)
     except BaseException:
-        for process in started:
-            end(process, DAEMON_STOP_S)
+        for one in starting:
+            one.stop()
+        if was_linked is None:
+            link.unlink(missing_ok=True)
         raise
-    link = file_for(mountpoint, ".up")
-    with contextlib.suppress(FileNotFoundError):
-        link.unlink()
-    link.symlink_to(data_dir)
+
+
+def _log_of(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".log")
+
+
+# ── down ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def down(mountpoint: Path, force: bool) -> None:
-    """Unmount and stop the daemons; the data stays. UserError when no local cluster is up there, or it is busy."""
-    link = file_for(mountpoint, ".up")
-    try:
-        data_dir = link.readlink()
-    except FileNotFoundError:
-        raise UserError(f"no local cluster is up at {mountpoint} (benchfs up {mountpoint} starts one)") from None
-    unmount(mountpoint, force=force, missing_ok=True)
+    """Unmount and stop the daemons; the data stays. ``mountpoint`` is a plain path.
+
+    UserError: no local cluster is up there; it is in use, then it stays up; with ``force``, what was lost.
+    """
+    data_dir = _linked(mountpoint)
+    if data_dir is None:
+        raise UserError(f"no local cluster is up at {mountpoint} (benchfs up {mountpoint} starts one)")
+    if not data_dir.is_dir():
+        _link(mountpoint).unlink()
+        raise UserError(f"the data directory {data_dir} of the cluster at {mountpoint} has gone")
+    with _alone(data_dir), contextlib.ExitStack() as afterwards:
+        if force:
+            afterwards.callback(_stop, mountpoint, data_dir, FORCE_LEAVE_S)
+            unmount(mountpoint, force=True, missing_ok=True)
+        else:
+            _refuse_other_mounts(mountpoint, data_dir)
+            unmount(mountpoint, missing_ok=True)
+            _stop(mountpoint, data_dir, DAEMON_STOP_S)
+
+
+def _refuse_other_mounts(mountpoint: Path, data_dir: Path) -> None:
+    """Refuse to stop daemons that another mount needs. UserError names it."""
+    for record in control.records():
+        ours = record.registry == str(data_dir / "registry") and record.mountpoint != str(mountpoint)
+        if ours and alive(record.process):
+            raise UserError(
+                f"the cluster at {mountpoint} is mounted at {record.mountpoint} too; unmount that first: "
+                f"benchfs umount {record.mountpoint}"
+            )
+
+
+def _stop(mountpoint: Path, data_dir: Path, timeout_s: float) -> None:
     cluster = _read(data_dir)
     if cluster is not None:
-        for process in cluster.daemons:
-            if process is not None and not end(process, DAEMON_STOP_S):
-                sys.stderr.write(f"benchfs: daemon {process.pid} did not stop in {DAEMON_STOP_S:.0f} s: killed\n")
+        for process in end(cluster.running, timeout_s):
+            tell(f"daemon {process.pid} did not stop in {timeout_s:g} s: killed")
         (data_dir / "cluster.json").unlink(missing_ok=True)
-    link.unlink(missing_ok=True)
+    _link(mountpoint).unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _downed_at_the_end(mountpoint: Path) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        down(mountpoint, force=False)
+# ── up -- COMMAND ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def run_under(mountpoint: Path, command: Sequence[str]) -> int:
-    """Run a command, then take the cluster down, whatever happens; return the command's exit code as a shell does."""
-    with _downed_at_the_end(mountpoint):
+    """Run a command, then take the cluster down, whatever happens; return the command's exit code as a shell does.
+
+    What the command has left running is no reason to stay: everything is flushed and taken down under it.
+    """
+    code = 1
+    try:
+        code = _run(command)
+    finally:
         try:
-            code = subprocess.run(command, check=False).returncode
-        except FileNotFoundError:
-            sys.stderr.write(f"benchfs: {command[0]}: no such command\n")
-            return 127
-        except PermissionError:
-            sys.stderr.write(f"benchfs: {command[0]}: not executable\n")
-            return 126
-        except KeyboardInterrupt:
-            return 130
+            down(mountpoint, force=False)
+        except UserError as busy:
+            tell(f"{busy}; taking it down all the same")
+            down(mountpoint, force=True)
+    return code
+
+
+def _run(command: Sequence[str]) -> int:
+    """Run a command to its end. It gets our signals; the terminal's Ctrl-C reaches it by itself."""
+    try:
+        child = subprocess.Popen(command)
+    except OSError as error:
+        tell(f"cannot run {command[0]}: {error.strerror}")
+        return 126 if isinstance(error, PermissionError) else 127
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        child.send_signal(number)
+
+    def leave_to_it(number: int, frame: FrameType | None) -> None:
+        pass
+
+    with contextlib.ExitStack() as restored:
+        for number, act in ((signal.SIGTERM, pass_on), (signal.SIGHUP, pass_on), (signal.SIGINT, leave_to_it)):
+            restored.callback(signal.signal, number, signal.signal(number, act))
+        code = child.wait()
     return code if code >= 0 else 128 - code
