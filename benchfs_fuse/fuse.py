@@ -13,6 +13,7 @@ the deadline of the links (``mount.op_timeout_s``); until then they hold their p
 threads that insist on a dead daemon stop the mount for that long.
 """
 
+import contextlib
 import errno
 import functools
 import logging
@@ -44,6 +45,9 @@ TASKS_MIN = 8
 READ_MAX = MIB
 #: Read buffers kept for the next request.
 BUFFERS_MAX = 16
+#: Seconds that a file is kept for the kernel's second try to open it, and how often to look for one that can be kept.
+HOLD_S = 0.1
+HOLDS_MAX = 100
 #: What st_blksize advises: the longest request, so that cp(1) and its kind need one request for each MiB.
 BLOCK_SIZE_ADVISED = MIB
 #: Unit of statvfs(3), and of st_blocks (inode(7)).
@@ -95,14 +99,17 @@ def guarded(handler: H) -> H:
 class _Told:
     """Remember what the kernel was told about one inode that it holds; gone when it forgets the inode."""
 
-    __slots__ = ("absent", "attrs_epoch", "data_epoch", "gone", "removed")
+    __slots__ = ("absent", "absent_epoch", "attrs_epoch", "data_epoch", "gone", "place", "removed")
 
     def __init__(self) -> None:
         #: Epochs of the attributes that it has, and of the file data that it may have.
         self.attrs_epoch = 0
         self.data_epoch = 0
-        #: Extended attributes that the inode does not have, by the epoch in which that was so.
-        self.absent: dict[bytes, int] = {}
+        #: Extended attributes that the inode did not have in an epoch.
+        self.absent: frozenset[bytes] = frozenset()
+        self.absent_epoch = 0
+        #: Directory and name that led the kernel to this inode last.
+        self.place: tuple[int, bytes] | None = None
         #: Attributes of an inode that we removed: what somebody who is still in there gets to see.
         self.removed: Attrs | None = None
         #: A directory that somebody else removed, as the kernel was told by ESTALE.
@@ -152,12 +159,17 @@ class BenchfsOperations(pyfuse3.Operations):
         self._listings: dict[int, _Listing] = {}
         self._last_fh = 0
         self._buffers: list[bytearray] = []
+        #: What names stand for, for a moment, while the kernel looks them up again; see ``_hold``.
+        self._held: dict[tuple[int, bytes], int] = {}
 
     # ── attributes and names ─────────────────────────────────────────────────────────────────────────────────────────
 
-    def _entry(self, attrs: Attrs) -> EntryAttributes:
-        """Turn attributes into what the kernel is told, and remember that it was."""
-        self._told_of(attrs.ino).attrs_epoch = self._files.known.epoch(attrs.ino)
+    def _entry(self, attrs: Attrs, place: tuple[int, bytes] | None = None) -> EntryAttributes:
+        """Turn attributes into what the kernel is told, and remember that it was; ``place`` is what they answer."""
+        told = self._told_of(attrs.ino)
+        told.attrs_epoch = self._files.known.epoch(attrs.ino)
+        if place is not None:
+            told.place = place
         entry = EntryAttributes()
         entry.st_ino = attrs.ino
         entry.generation = attrs.generation
@@ -191,13 +203,17 @@ class BenchfsOperations(pyfuse3.Operations):
             if not parent:
                 raise NotADirectory(f"inode {parent_inode}")
             return self._entry(await self._files.getattr(parent))
+        place = (parent_inode, name)
         try:
-            attrs = await self._namespace.lookup(parent_inode, name)
+            if place in self._held:
+                attrs = await self._files.getattr(self._held[place])
+            else:
+                attrs = await self._namespace.lookup(parent_inode, name)
         except Stale:
             self._check_gone(parent_inode)
             self._told_of(parent_inode).gone = True
             raise
-        return self._entry(await self._files.fresh(attrs))
+        return self._entry(await self._files.fresh(attrs), place)
 
     def _check_gone(self, parent: int) -> None:
         """Raise NotFound for a name in a directory of which the kernel knows already that it was removed.
@@ -281,13 +297,14 @@ class BenchfsOperations(pyfuse3.Operations):
     ) -> EntryAttributes:
         self._check_gone(parent)
         attrs = await self._namespace.make(parent, name, mode, ctx.uid, ctx.gid, rdev=rdev, target=target)
-        return self._new(parent, self._files.known.see(attrs))
+        return self._new(parent, name, self._files.known.see(attrs))
 
-    def _new(self, parent: int, attrs: Attrs) -> EntryAttributes:
+    def _new(self, parent: int, name: bytes, attrs: Attrs) -> EntryAttributes:
         """Tell of an inode that was just made here: it has no extended attributes."""
         self._changed(parent)
-        entry = self._entry(attrs)
-        self._told_of(attrs.ino).absent = dict.fromkeys(_ASKED_OFTEN, self._files.known.epoch(attrs.ino))
+        entry = self._entry(attrs, (parent, name))
+        told = self._told_of(attrs.ino)
+        told.absent, told.absent_epoch = _ASKED_OFTEN, self._files.known.epoch(attrs.ino)
         return entry
 
     @guarded
@@ -352,9 +369,16 @@ class BenchfsOperations(pyfuse3.Operations):
 
     @guarded
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        """Open a file. One that has vanished answers ESTALE: the kernel then looks the name up again."""
-        handle = await self._files.open(inode, flags, ctx.uid)
+        """Open a file. One that has vanished answers ESTALE: the kernel then looks the name up again, once."""
         told = self._told_of(inode)
+        try:
+            handle = await self._files.open(inode, flags, ctx.uid)
+        except Stale:
+            if told.place is not None and told.removed is None:
+                await self._hold(told.place)
+            raise
+        if told.place is not None and self._held.get(told.place) == inode:
+            del self._held[told.place]
         epoch = self._files.known.epoch(inode)
         if told.attrs_epoch != epoch:
             _invalidate_attrs(inode)
@@ -362,6 +386,32 @@ class BenchfsOperations(pyfuse3.Operations):
         keep_cache = told.data_epoch == epoch
         told.data_epoch = epoch
         return self._file_info(handle, keep_cache)
+
+    async def _hold(self, place: tuple[int, bytes]) -> None:
+        """Keep the file that a name stands for now, for as long as the kernel takes to come back for it.
+
+        It tries once more after ESTALE. Where other mounts replace the file again and again, that would meet a file
+        that has vanished too, though there always is one.
+        """
+        try:
+            for _ in range(HOLDS_MAX):
+                attrs = await self._namespace.lookup(*place)
+                if not attrs.is_file:
+                    return
+                with contextlib.suppress(Stale):
+                    handle = await self._files.open(attrs.ino, os.O_RDONLY | os.O_NOATIME)
+                    self._held[place] = attrs.ino
+                    self._nursery.start_soon(self._let_go, place, handle)
+                    return
+        except (NotFound, Stale):
+            return
+
+    async def _let_go(self, place: tuple[int, bytes], handle: Handle) -> None:
+        await trio.sleep(HOLD_S)
+        if self._held.get(place) == handle.ino:
+            del self._held[place]
+        with contextlib.suppress(FsError):
+            await self._files.release(handle)
 
     @guarded
     async def create(
@@ -379,7 +429,7 @@ class BenchfsOperations(pyfuse3.Operations):
             if flags & os.O_EXCL:
                 raise
             raise Stale("made elsewhere meanwhile") from None
-        entry = self._new(parent_inode, handle.node.attrs)
+        entry = self._new(parent_inode, name, handle.node.attrs)
         self._told_of(handle.ino).data_epoch = self._files.known.epoch(handle.ino)
         return self._file_info(handle, keep_cache=True), entry
 
@@ -485,7 +535,8 @@ class BenchfsOperations(pyfuse3.Operations):
                     continue
                 assert entry.attrs is not None, "the name space fills in all attributes"
                 attrs = await self._files.fresh(entry.attrs)
-                if not pyfuse3.readdir_reply(token, entry.name, self._entry(attrs), entry.cookie):
+                shown = self._entry(attrs, (listing.ino, entry.name))
+                if not pyfuse3.readdir_reply(token, entry.name, shown, entry.cookie):
                     return
             if page.end:
                 return
@@ -530,12 +581,15 @@ class BenchfsOperations(pyfuse3.Operations):
         if name not in _ASKED_OFTEN:
             return await self._getxattr(inode, name)
         told, epoch = self._told_of(inode), self._files.known.epoch(inode)
-        if epoch and told.absent.get(name) == epoch:
+        if told.absent_epoch != epoch:
+            told.absent, told.absent_epoch = frozenset(), epoch
+        if name in told.absent and epoch:
             raise NoAttribute(str(name))
         try:
             return await self._getxattr(inode, name)
         except NoAttribute:
-            told.absent[name] = epoch
+            if told.absent_epoch == epoch:
+                told.absent |= {name}
             raise
 
     async def _getxattr(self, ino: int, name: bytes) -> bytes:
@@ -569,8 +623,7 @@ class BenchfsOperations(pyfuse3.Operations):
         self._check_xattr()
         if name == DEFAULT_ACL:
             raise NotSupported("default ACLs")
-        self._told_of(inode).absent.pop(name, None)
-        self._files.known.see(await self._namespace.setxattr(inode, name, value), own=True)
+        self._files.known.see(await self._namespace.setxattr(inode, name, value))  # a new epoch: it is not absent now
 
     @guarded
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:

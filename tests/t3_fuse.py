@@ -346,6 +346,35 @@ async def test_a_file_that_appears_between_lookup_and_create_is_not_opened_past_
         assert client.files.statistics().handles == 0
 
 
+async def test_a_file_that_is_replaced_again_and_again_can_be_opened_at_the_second_try(
+    kernel: Kernel, autojump_clock: object
+) -> None:
+    async with whole_cluster() as whole, operations(whole) as (ops, client, _), whole.client() as other:
+
+        async def replace(content: bytes) -> None:
+            async with await other.fs.open("/new", os.O_RDWR | os.O_CREAT) as file:
+                await file.write(content, 0)
+            await other.fs.rename("/new", "/f")
+
+        await replace(b"1")
+        first = (await ops.lookup(1, b"f", CTX)).st_ino
+        await replace(b"2")
+        with pytest.raises(FUSEError) as raised:
+            await ops.open(first, os.O_RDONLY, CTX)
+        assert raised.value.errno == errno.ESTALE
+        await replace(b"3")
+        second = (await ops.lookup(1, b"f", CTX)).st_ino
+        await replace(b"4")
+        info = await ops.open(second, os.O_RDONLY, CTX)
+        assert bytes(await ops.read(info.fh, 0, 10)) == b"2"
+        await ops.release(info.fh)
+        third = await ops.open((await ops.lookup(1, b"f", CTX)).st_ino, os.O_RDONLY, CTX)
+        assert bytes(await ops.read(third.fh, 0, 10)) == b"4"
+        await ops.release(third.fh)
+        await trio.sleep(1)
+        assert client.files.statistics().handles == 0
+
+
 async def test_appending_handles_bypass_the_cache_and_do_the_kernels_duties(kernel: Kernel) -> None:
     async with mounted() as (ops, client, whole):
         async with await client.fs.open("/f", os.O_RDWR | os.O_CREAT, 0o6755) as file:
