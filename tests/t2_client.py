@@ -55,7 +55,7 @@ from benchfs_fuse.rpc.messages import (
 from benchfs_fuse.services.files import open_files
 from benchfs_fuse.services.known import Known
 from benchfs_fuse.services.namespace import Namespace
-from benchfs_fuse.services.write_behind import Budget
+from benchfs_fuse.services.write_behind import SEALED_MAX, Budget
 
 RW = os.O_RDWR | os.O_CREAT
 
@@ -511,6 +511,43 @@ async def test_writes_that_overlap_keep_their_order() -> None:
             model[offset : offset + 100] = data
         assert await file.read(200, 0) == model
         await file.close()
+
+
+async def test_a_write_over_what_is_gathered_sends_nothing() -> None:
+    async with whole_cluster(1) as whole, whole.client() as one:
+        file = await one.fs.open("/f", RW)
+        await file.write(b"a" * 100, 0)
+        await file.write(b"b" * 50, 100)
+        for number in range(50):
+            await file.write(b"%02d" % number, number)
+        assert whole.network.calls[WriteChunk.op] == 0
+        expected = b"".join(b"%02d" % number for number in range(50))
+        model = bytearray(b"a" * 100 + b"b" * 50)
+        for number in range(50):
+            model[number : number + 2] = expected[2 * number : 2 * number + 2]
+        assert await file.read(200, 0) == model
+        assert whole.network.calls[WriteChunk.op] == 1
+        await file.close()
+
+
+async def test_runs_under_way_are_bounded_for_each_file() -> None:
+    async with whole_cluster(1) as whole, whole.client(gather_bytes_max=64 * MIB) as one:
+        file = await one.fs.open("/f", RW)
+        whole.chunks[0].hold = trio.Event()
+
+        async def scatter() -> None:
+            for number in range(3 * SEALED_MAX):
+                await file.write(b"x", 2 * number)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(scatter)
+            await wait_all_tasks_blocked()
+            assert one.files.statistics().accepted_bytes == SEALED_MAX + 1
+            whole.chunks[0].hold.set()
+            whole.chunks[0].hold = None
+        await file.close()
+        async with await one.fs.open("/f") as again:
+            assert await again.read(6 * SEALED_MAX, 0) == b"x\0" * (3 * SEALED_MAX - 1) + b"x"
 
 
 async def test_a_full_budget_waits_for_room_and_not_for_the_clock() -> None:

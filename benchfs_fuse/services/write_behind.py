@@ -19,7 +19,7 @@ import trio
 
 from ..errors import FsError
 from ..layout import ShardMap, extents
-from ..limits import MIB
+from ..limits import IN_FLIGHT_MAX, MIB
 from ..model import ChunkId
 from ..ports import ChunkStore
 from .parallel import all_of
@@ -27,6 +27,8 @@ from .parallel import all_of
 #: Longest run: a request of this length costs so little per byte already that longer ones gain nothing, and the
 #: kernel sends no longer writes.
 RUN_MAX = MIB
+#: Runs of one file under way, but for those that are written at once: more than a daemon takes at a time would wait.
+SEALED_MAX = IN_FLIGHT_MAX
 
 
 class _Waiter(NamedTuple):
@@ -75,7 +77,7 @@ class Budget:
 
 
 class Run:
-    """Hold contiguous bytes of one chunk. ``parts`` are never changed by anybody while the run lives."""
+    """Hold contiguous bytes of one chunk. ``parts`` are not changed by anybody else while the run lives."""
 
     __slots__ = ("daemon_id", "index", "length", "offset", "parts", "within", "written")
 
@@ -85,7 +87,7 @@ class Run:
         self.index = index
         self.within = within
         self.daemon_id = daemon_id
-        self.parts: list[bytes | memoryview] = []
+        self.parts: list[bytes | bytearray | memoryview] = []
         self.length = 0
         #: Set when the run is with its daemon, or has failed.
         self.written = trio.Event()
@@ -103,6 +105,15 @@ class Run:
         """Append bytes."""
         self.parts.append(part)
         self.length += len(part)
+
+    def replace(self, offset: int, data: bytes) -> None:
+        """Put bytes over bytes that the run holds already; ``offset`` is one of the file."""
+        held = self.parts[0]
+        if len(self.parts) > 1 or not isinstance(held, bytearray):
+            held = bytearray().join(self.parts)
+            self.parts = [held]
+        start = offset - self.offset
+        held[start : start + len(data)] = data
 
 
 class WriteBehind:
@@ -157,6 +168,9 @@ class WriteBehind:
         Calls for one file follow each other. When cancelled, a beginning of ``data`` may have been accepted.
         """
         run = self._growing
+        if run is not None and run.offset <= offset and offset + len(data) <= run.end:
+            run.replace(offset, data)
+            return
         if (
             run is not None
             and run.end == offset
@@ -169,6 +183,8 @@ class WriteBehind:
                 return
             self._budgets[run.daemon_id].release(len(data))
         for piece in self._pieces(offset, memoryview(data)):
+            while len(self._sealed) >= SEALED_MAX:
+                await next(iter(self._sealed)).written.wait()
             await self._budgets[piece.daemon_id].acquire(piece.length)
             self.seal()
             self._growing = piece
@@ -226,10 +242,8 @@ class WriteBehind:
 
     async def _write(self, run: Run) -> None:
         try:
-            for earlier in list(self._sealed):
-                if earlier is run:
-                    break
-                if earlier.overlaps(run.offset, run.end):
+            for earlier in self._overlapped_by(run):
+                if not earlier.written.is_set():
                     await earlier.written.wait()
             data = run.parts[0] if len(run.parts) == 1 else b"".join(run.parts)
             grown = await self._store.write(ChunkId(self._ino, run.index), run.within, _plain(data))
@@ -240,6 +254,17 @@ class WriteBehind:
         finally:
             del self._sealed[run]
             run.written.set()
+
+    def _overlapped_by(self, run: Run) -> list[Run]:
+        """List the earlier runs under way that a run overlaps, latest first: who waits for it has waited for others."""
+        earlier = []
+        for other in self._sealed:
+            if other is run:
+                break
+            if other.overlaps(run.offset, run.end):
+                earlier.append(other)
+        earlier.reverse()
+        return earlier
 
     async def settle(self, offset: int, length: int) -> None:
         """Wait until what was accepted of a range before the call is with its daemons, or has failed."""
@@ -257,7 +282,7 @@ class WriteBehind:
             await run.written.wait()
 
 
-def _plain(data: bytes | memoryview) -> bytes | memoryview:
+def _plain(data: bytes | bytearray | memoryview) -> bytes | bytearray | memoryview:
     """Return the object below a memoryview that shows all of it: bytes travel without a detour."""
     if isinstance(data, memoryview) and isinstance(data.obj, bytes) and len(data.obj) == len(data):
         return data.obj
