@@ -84,12 +84,16 @@ BULK_SLOTS = 4
 #: Microseconds to poll after the last thing that happened, before sleeping. A wake-up costs 25-50 µs on both sides;
 #: several times that covers a peer's small operation.
 SPIN_US = 100
+#: A payload adds to that what copying it takes: 4 GB/s is what a slow memory or a fast network does.
+SPIN_BYTES_PER_NS = 4
 #: A caller whose answer is moving (a large payload) polls on, but never keeps the process from the rest this long.
 SPIN_US_MAX = 2000
 #: Callers that polled in vain let up to this many of their successors wait without trying.
-SPIN_SKIP_MAX = 63
+SPIN_SKIP_MAX = 15
 #: Calls answered without a pause of their own let other tasks run after this many nanoseconds.
 YIELD_NS = 1_000_000
+#: Polls between two turns of the scheduler: about as long as its turn takes, so that half of the time is polling.
+POLLS_PER_TURN = 16
 #: A send that cannot go on because the peer takes nothing is polled at leisure after this many nanoseconds.
 STALL_NS = 20_000_000
 STALL_POLL_S = 0.001
@@ -219,6 +223,8 @@ class UcxChannel:
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
         self._asleep: trio.CancelScope | None = None
+        #: When UCX last had something to do.
+        self._active_ns = 0
         # What this end asks.
         self._calls: dict[int, _Call] = {}
         self._room = trio.Semaphore(IN_FLIGHT_MAX)
@@ -280,7 +286,7 @@ class UcxChannel:
         try:
             call = self._start(op, body, payload, into, bulk)
             if engine.waiting == 1 and not call.done:
-                self._spin(call)
+                self._spin(call, call.want or (len(payload) if payload is not None else 0))
             if not call.done:
                 call.event = trio.Event()  # before settling, which may find the reply
                 self._settle()
@@ -338,8 +344,8 @@ class UcxChannel:
             self._send(payload, self._ucx.Tag(_REQUEST_BULK | slot))
         return call
 
-    def _spin(self, call: _Call) -> None:
-        """Poll for the reply in the caller's own time, where that has been worth it lately."""
+    def _spin(self, call: _Call, size: int) -> None:
+        """Poll for the reply in the caller's own time, where that has been worth it lately; longer for a payload."""
         spin_ns = self._engine.spin_ns
         if not spin_ns:
             return
@@ -347,6 +353,9 @@ class UcxChannel:
             self._spin_skip -= 1
             return
         now = time.perf_counter_ns()
+        if now - self._active_ns > spin_ns:
+            return  # the peer sleeps: its kernel may well want to wake it on this very processor
+        spin_ns += size // SPIN_BYTES_PER_NS
         last, end = now + spin_ns, now + SPIN_US_MAX * 1000
         while not call.done and self._ending is None:
             now = time.perf_counter_ns()
@@ -513,6 +522,7 @@ class UcxChannel:
             return False
         while progress():
             pass
+        self._active_ns = time.perf_counter_ns()
         try:
             self._reap()
         except ProtocolError as error:
@@ -640,21 +650,19 @@ class UcxChannel:
 
     async def _progress(self) -> None:
         """Poll while anything moves and a little longer; then sleep until UCX has something."""
-        engine, worker, counters = self._engine, self._worker, self._counters
-        active_ns = time.perf_counter_ns()
+        engine, worker, counters, poll = self._engine, self._worker, self._counters, self._poll
         while True:
             now = engine.yielded_ns = time.perf_counter_ns()
-            if self._poll():
-                active_ns = now
-            elif now - active_ns >= engine.spin_ns and worker.arm():
+            if any(poll() for _ in range(POLLS_PER_TURN)):
+                pass
+            elif now - self._active_ns >= engine.spin_ns and worker.arm():
                 counters.sleeps += 1
                 with trio.CancelScope() as self._asleep:
                     await trio.lowlevel.wait_readable(worker.epoll_file_descriptor)
                 self._asleep = None
                 counters.wakeups += 1
-                active_ns = time.perf_counter_ns()
                 continue
-            elif self._sends and now - active_ns > STALL_NS:
+            elif self._sends and now - self._active_ns > STALL_NS:
                 await trio.sleep(STALL_POLL_S)  # shared memory has no event for room in the peer's queue
                 continue
             await trio.lowlevel.checkpoint()
