@@ -5,6 +5,7 @@ A daemon here is a MetadataService over a MemoryStore with the least around it t
 once. A client sends a request again, with the same slot and sequence number, until it is answered.
 """
 
+import contextlib
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -364,6 +365,11 @@ class Cluster:
             return await self._ask_at(node, request, client_id, slot, patient)
         except WrongCoordinator:
             return await self._ask_at(self.home(ROOT_INO), request, client_id, slot, patient)
+
+    async def ask_once(self, request: Request, patient: bool) -> None:
+        """Send a request; what becomes of it is not of interest."""
+        with contextlib.suppress(FsError, Crash):
+            await self.ask(request, patient=patient)
 
     async def _ask_at(self, node: Node, request: Request, client_id: ClientId, slot: int, patient: bool) -> Body:
         seq = 0

@@ -102,7 +102,7 @@ class Attributes:
         return AttrsReply(self._inodes.get(request.ino).attrs())
 
     def setattr(self, request: SetAttr, call: Call) -> Body | None:
-        """Change attributes; None if that makes a file smaller."""
+        """Change attributes; None if that makes a file smaller. The size that it has already is no change."""
         draft = self._inodes.draft()
         inode = draft.inode(request.ino)
         if request.size is not None:
@@ -111,7 +111,7 @@ class Attributes:
             self._locks.check_exclusive(disk.key(disk.TRUNCATING, request.ino))
             if request.size < inode.size:
                 return None
-        if request != SetAttr(request.ino, size=inode.size):
+        if request not in (SetAttr(request.ino), SetAttr(request.ino, size=inode.size)):
             change(draft, inode, request)
         reply = AttrsReply(inode.attrs())
         call.commit(draft, reply)

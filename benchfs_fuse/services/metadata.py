@@ -17,7 +17,7 @@ for a participant, another daemon whose entries or inodes change: 2 RPCs each (s
                             daemon: 1, + 1 if it was sent elsewhere first, + 2 Lookup if the old parent is elsewhere and
                             1 if the new one is, + GetAttr for each directory elsewhere between the new parent and
                             the root, + P each
-    SetAttr                 1; to a smaller size: + TrimChunks to each daemon with chunks behind the cut
+    SetAttr                 1; to a smaller size: + TrimChunks to each daemon with chunks of the file
     last Unlink or Release  behind the reply: DropChunks to each daemon with chunks, shared by all files of a page
 """
 

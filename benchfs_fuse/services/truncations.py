@@ -13,7 +13,10 @@ destroy what they have written and not yet published.) A P record remembers the 
     P value  offset 0, 1: 1 if the file is doubtful, else 0
              offset 1: the SetAttr request as a message if it is being truncated
 
-RPCs of a truncation: one TrimChunks to each daemon that holds chunks behind the cut; of settling, to every daemon.
+All daemons that hold chunks of the file are asked, not only those behind the cut: what they have left is the file's
+allocated space, however often they were asked.
+
+RPCs of a truncation: one TrimChunks to each daemon that holds chunks of the file; of settling, to every daemon.
 """
 
 from collections.abc import Callable, Iterable
@@ -101,21 +104,19 @@ class Truncations:
         ino, size = request.ino, request.size
         assert size is not None
         inode = self._inodes.find(ino)
-        doubtful = ino in self.doubtful
-        replies: list[TrimChunksReply] = []
+        left = 0
         if inode is not None:
-            index, offset = divmod(size, inode.chunk_size)
-            behind = range(index, -(-inode.size // inode.chunk_size))
-            some = self._inodes.shard_map.of_chunks(ino, behind, inode.width)
+            chunks = range(-(-inode.size // inode.chunk_size))
+            daemons = self._inodes.shard_map.of_chunks(ino, chunks, inode.width)
             replies = await self._trim(
-                TrimChunks(ino, index, offset), self._inodes.daemons if doubtful else some, waiter
+                TrimChunks(ino, *divmod(size, inode.chunk_size)),
+                self._inodes.daemons if ino in self.doubtful else daemons,
+                waiter,
             )
+            left = sum(reply.left for reply in replies)
 
         def finish(draft: Draft, inode: Inode) -> None:
-            if doubtful:
-                inode.allocated = sum(reply.left for reply in replies)
-            else:
-                inode.allocated = max(0, inode.allocated - sum(reply.freed for reply in replies))
+            inode.allocated = left
             change(draft, inode, request)
 
         await self._end(ino, finish, waiter)
