@@ -1,7 +1,8 @@
 """Say what an inode, a chunk and a layout are. Pure data: no I/O, no clock.
 
 An inode number holds the virtual shard of its daemon in the bits from 48 up and a counter below, which the daemon that
-made it gave (services/inodes.py). Counters are never reused, so neither are inode numbers. The root directory is shard 0, counter 1: number 1, as FUSE wants it.
+made it gave (services/inodes.py). Counters are never reused, so neither are inode numbers. The root directory is shard
+0, counter 1: number 1, as FUSE wants it.
 """
 
 import stat
