@@ -99,6 +99,9 @@ STALL_NS = 20_000_000
 STALL_POLL_S = 0.001
 #: How often an idle worker may be found busy while it is armed on the way, before its task is woken to see to it.
 SETTLE_TRIES = 8
+#: Seconds for the meeting socket to say what it knows, when UCX has failed first. A dead process's sockets close within
+#: microseconds of each other; a network that fails for UCX alone is as good as silent.
+VERDICT_S = 1.0
 #: Progress calls that let cancelled receives leave a worker before it is destroyed.
 LAST_PROGRESS = 16
 
@@ -221,6 +224,8 @@ class UcxChannel:
         self._ended = trio.Event()
         self._gone = trio.Event()
         self._scope = trio.CancelScope()
+        self._failed = False
+        self._verdict = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
         self._asleep: trio.CancelScope | None = None
         #: When UCX last had something to do.
@@ -357,7 +362,7 @@ class UcxChannel:
             return  # the peer sleeps: its kernel may well want to wake it on this very processor
         spin_ns += size // SPIN_BYTES_PER_NS
         last, end = now + spin_ns, now + SPIN_US_MAX * 1000
-        while not call.done and self._ending is None:
+        while not call.done and not self._failed and self._ending is None:
             now = time.perf_counter_ns()
             if self._poll():
                 last = now + spin_ns
@@ -493,7 +498,10 @@ class UcxChannel:
         """Start sending; keep the buffer until it is out, then call ``release``. What fails ends the connection."""
         array = self._ucx.Array(data)
         self._counters.bytes_out += array.nbytes
+        request = None
         try:
+            if self._failed:
+                raise self._ucx.Error
             request = self._endpoint.tag_send(array, tag)
             if not request.completed:
                 self._sends.append((request, array, release))
@@ -506,8 +514,10 @@ class UcxChannel:
             release()
 
     def _fail(self) -> None:
-        """End the connection because UCX failed. Only the meeting socket says whether the peer is dead for certain."""
-        self._end(meeting.is_over(self._need_stream()) or Ending.SILENCE)
+        """Do without UCX, which failed, until the meeting socket has said whether the peer is dead for certain."""
+        if not self._failed:
+            self._failed = True
+            self._verdict.deadline = trio.current_time() + VERDICT_S
 
     def _post_slot(self, slot: _Slot) -> None:
         slot.frame = None
@@ -515,7 +525,7 @@ class UcxChannel:
 
     def _poll(self) -> bool:
         """Let UCX work and take what it has for us. Return whether anything happened."""
-        if self._ending is not None:
+        if self._failed or self._ending is not None:
             return False
         progress = self._worker.progress_once
         if not progress():
@@ -589,7 +599,7 @@ class UcxChannel:
 
         Polling takes the events that the task's file descriptor was to tell: it has to be armed again.
         """
-        if self._asleep is None or self._ending is not None:
+        if self._asleep is None or self._failed or self._ending is not None:
             return
         for _ in range(SETTLE_TRIES):
             if self._worker.arm():
@@ -646,12 +656,15 @@ class UcxChannel:
         return self._stream
 
     async def _watch(self) -> None:
-        self._end(await meeting.wait_end(self._need_stream()))
+        """End the connection when the meeting socket says so, or does not in time after UCX failed."""
+        with self._verdict:
+            self._end(await meeting.wait_end(self._need_stream()))
+        self._end(Ending.SILENCE)
 
     async def _progress(self) -> None:
         """Poll while anything moves and a little longer; then sleep until UCX has something."""
         engine, worker, counters, poll = self._engine, self._worker, self._counters, self._poll
-        while True:
+        while not self._failed:
             now = engine.yielded_ns = time.perf_counter_ns()
             if any(poll() for _ in range(POLLS_PER_TURN)):
                 pass

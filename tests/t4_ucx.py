@@ -1,0 +1,281 @@
+"""Check rpc/ucx between real processes: killed and stopped peers, strangers, nothing left behind, nothing used idle."""
+
+import gc
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+import ucx_peer
+from ucx_peer import CLUSTER, CPU, FLOOD, READ, SECRET, SUM
+
+from benchfs_fuse.errors import AuthenticationFailed, Disconnected
+from benchfs_fuse.limits import HANDSHAKE_TIMEOUT_S, INLINE_MAX, PAYLOAD_MAX
+from benchfs_fuse.model import ClientId
+from benchfs_fuse.ports import Channel, Ending, Peer
+from benchfs_fuse.rpc import meeting
+from benchfs_fuse.rpc.ucx import UcxEngine
+
+ME = Peer(ClientId(1), -1, "tests", os.getpid(), "boot")
+
+#: How often to kill: enough to meet a transfer in many states, and to see a leak.
+ROUNDS = 5
+ROUNDS_ALL = 50
+#: Bytes by which a process may grow per killed peer: the shells of dead workers, the allocator's mood.
+GROWTH_MAX = 200_000
+
+
+@pytest.fixture(params=["", "tcp"], ids=["shm", "tcp"])
+def tls(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@asynccontextmanager
+async def peer_process(tls: str) -> AsyncIterator[tuple[trio.Process, str]]:
+    """Run the peer; it is killed afterwards."""
+    command = [sys.executable, ucx_peer.__file__, tls]
+    async with trio.open_nursery() as nursery:
+        process: trio.Process = await nursery.start(
+            partial(trio.run_process, command, stdout=subprocess.PIPE, check=False)
+        )
+        try:
+            assert process.stdout is not None
+            address = b""
+            while not address.endswith(b"\n"):
+                piece = await process.stdout.receive_some()
+                assert piece, "the peer did not start"
+                address += piece
+            yield process, address.decode().strip()
+        finally:
+            process.kill()
+
+
+@asynccontextmanager
+async def engine(tls: str) -> AsyncIterator[UcxEngine]:
+    with trio.fail_after(120):
+        async with UcxEngine(ME, SECRET, CLUSTER, tls=tls or None) as engine:
+            yield engine
+
+
+def resources(peers: Collection[int]) -> tuple[int, int, int]:
+    """Count what a leak would show in: descriptors, bytes of memory, System V segments of ours and of ``peers``."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    creators = [int(line.split()[4]) for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]]
+    segments = sum(creator == os.getpid() or creator in peers for creator in creators)
+    return len(os.listdir("/proc/self/fd")), pages * os.sysconf("SC_PAGESIZE"), segments
+
+
+async def transfer(channel: Channel, op: int, done: list[int]) -> None:
+    """Send or fetch large payloads, every byte checked, until the connection ends."""
+    payload = os.urandom(PAYLOAD_MAX)
+    with suppress(Disconnected):
+        while True:
+            if op == SUM:
+                assert int((await channel.call(SUM, b"", payload)).body) == zlib.crc32(payload)
+            else:
+                into = memoryview(bytearray(PAYLOAD_MAX))
+                reply = await channel.call(READ, b"", into=into)
+                assert (reply.received, int(reply.body)) == (PAYLOAD_MAX, zlib.crc32(into))
+            done[0] += 1
+
+
+async def kill_in_the_middle(engine: UcxEngine, tls: str, number: int) -> int:
+    """Move large payloads both ways, asked for by both ends; kill the peer; see that all hear of it. Return its pid."""
+    async with peer_process(tls) as (process, address), trio.open_nursery() as nursery:
+        channel = await engine.connect(address, ucx_peer.Service(nursery))
+        assert channel.transport == (tls or "shm")
+        await channel.call(FLOOD, b"")
+        done = [0]
+        async with trio.open_nursery() as transfers:
+            for _ in range(3):
+                transfers.start_soon(transfer, channel, SUM, done)
+                transfers.start_soon(transfer, channel, READ, done)
+            while done[0] < 4 + number % 7:
+                await trio.lowlevel.checkpoint()
+            process.kill()
+        assert await channel.wait_closed() == Ending.PEER
+        await channel.aclose()
+    return process.pid
+
+
+@pytest.mark.parametrize("rounds", [ROUNDS, pytest.param(ROUNDS_ALL, marks=pytest.mark.slow)])
+async def test_killed_peers_leave_nothing_behind(tls: str, rounds: int) -> None:
+    async with engine(tls) as here:
+        killed = [await kill_in_the_middle(here, tls, number) for number in range(3)]
+        descriptors, memory, _ = resources(killed)
+        killed += [await kill_in_the_middle(here, tls, number) for number in range(rounds)]
+        descriptors_now, memory_now, segments_now = resources(killed)
+        assert descriptors_now == descriptors
+        assert segments_now == 0
+        assert memory_now - memory < rounds * GROWTH_MAX
+        assert here.statistics().connections == 0
+
+
+async def test_connections_that_close_leave_nothing_behind(tls: str) -> None:
+    async with peer_process(tls) as (_, address), engine(tls) as here:
+        kept = await here.connect(address)
+
+        async def once() -> None:
+            channel = await here.connect(address)
+            payload = os.urandom(INLINE_MAX + 1)
+            assert int((await channel.call(SUM, b"", payload)).body) == zlib.crc32(payload)
+            await channel.aclose()
+
+        for _ in range(5):
+            await once()
+        descriptors, memory, segments = resources([])
+        for _ in range(50):
+            await once()
+        descriptors_now, memory_now, segments_now = resources([])
+        assert descriptors_now == descriptors
+        assert segments_now <= segments
+        assert memory_now - memory < 50 * GROWTH_MAX
+        assert (await kept.call(CPU, b"")).status == 0
+
+
+async def test_idle_processes_sleep(tls: str) -> None:
+    async with peer_process(tls) as (_, address), engine(tls) as here:
+        channel = await here.connect(address)
+        await channel.call(SUM, b"", bytes(PAYLOAD_MAX))
+        theirs = int((await channel.call(CPU, b"")).body)
+        ours = time.process_time_ns()
+        sleeps = here.statistics().sleeps
+        await trio.sleep(1)
+        # 5 ms in a second is 0.5 %; polling would use all of it.
+        assert time.process_time_ns() - ours < 5_000_000
+        assert int((await channel.call(CPU, b"")).body) - theirs < 5_000_000
+        assert here.statistics().sleeps - sleeps < 10
+
+
+async def test_a_stopped_peer_is_not_dead(tls: str) -> None:
+    async with peer_process(tls) as (process, address), engine(tls) as here:
+        channel = await here.connect(address)
+        await channel.call(CPU, b"")
+        os.kill(process.pid, signal.SIGSTOP)
+        payload = os.urandom(PAYLOAD_MAX)
+        bodies = []
+
+        async def ask() -> None:
+            bodies.append((await channel.call(SUM, b"", payload)).body)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(ask)
+            ours = time.process_time_ns()
+            await trio.sleep(0.5)
+            # Shared memory has no event for room in the peer's queue: it is polled, at leisure.
+            assert time.process_time_ns() - ours < 200_000_000
+            assert not bodies
+            os.kill(process.pid, signal.SIGCONT)
+        assert bodies == [b"%d" % zlib.crc32(payload)] * 10
+
+
+async def test_a_cancelled_caller_and_a_killed_peer(tls: str) -> None:
+    async with peer_process(tls) as (process, address), engine(tls) as here:
+        channel = await here.connect(address)
+        await channel.call(CPU, b"")
+        os.kill(process.pid, signal.SIGSTOP)
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(channel.call, SUM, b"", bytes(PAYLOAD_MAX))
+                nursery.start_soon(channel.call, READ, b"", None, memoryview(bytearray(PAYLOAD_MAX)))
+            while here.statistics().in_flight < 4 + 5:  # four requests with large payloads go out at a time
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        assert here.statistics().in_flight > 0
+        process.kill()
+        assert await channel.wait_closed() == Ending.PEER
+        await channel.aclose()
+        assert here.statistics().in_flight == 0
+
+
+async def test_shared_memory_needs_everything_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with peer_process("") as (_, address):
+        async with engine("") as here:
+            assert (await here.connect(address)).transport == "shm"
+        elsewhere = meeting.shares_of_this_process().replace("net:[", "net:[1")
+        monkeypatch.setattr(meeting, "shares_of_this_process", lambda: elsewhere)
+        async with engine("") as here:
+            channel = await here.connect(address)
+            assert channel.transport == "tcp"
+            assert (await channel.call(CPU, b"")).status == 0
+
+
+async def test_what_the_user_says_of_transports_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    async with peer_process("") as (_, address), engine("") as here:
+        assert (await here.connect(address)).transport == "tcp"
+
+
+async def test_a_network_that_ucx_does_not_have_is_a_sentence() -> None:
+    async with (
+        peer_process("tcp") as (_, address),
+        UcxEngine(ME, SECRET, CLUSTER, tls="tcp", net_devices="none0") as here,
+    ):
+        with pytest.raises(Disconnected, match="UCX"):
+            await here.connect(address)
+
+
+async def test_strangers_get_nowhere_and_hinder_nobody() -> None:
+    async with peer_process("tcp") as (_, address), engine("tcp") as here:
+        host, port = meeting.split_address(address)
+        wrong_secret = UcxEngine(ME, bytes(32), CLUSTER, tls="tcp")
+        async with wrong_secret:
+            with pytest.raises(AuthenticationFailed, match="secret"):
+                await wrong_secret.connect(address)
+        other_cluster = UcxEngine(ME, SECRET, b"another cluster!", tls="tcp")
+        async with other_cluster:
+            with pytest.raises(AuthenticationFailed, match="different clusters"):
+                await other_cluster.connect(address)
+        for garbage in (b"GET / HTTP/1.0\r\n\r\n", bytes(100), os.urandom(10_000)):
+            stream = await trio.open_tcp_stream(host, port)
+            await stream.send_all(garbage)
+            answer = b""
+            try:
+                while piece := await stream.receive_some():
+                    answer += piece
+            except trio.BrokenResourceError:
+                pass
+            assert len(answer) < 200
+            await stream.aclose()
+        # Silent strangers fill all places; the honest one gets through at once, the silent ones have to go.
+        silent = [await trio.open_tcp_stream(host, port) for _ in range(meeting.PENDING_MAX + 30)]
+        with trio.fail_after(HANDSHAKE_TIMEOUT_S / 2):
+            channel = await here.connect(address)
+            assert (await channel.call(CPU, b"")).status == 0
+            assert await silent[0].receive_some() == b""
+        for stream in silent:
+            await stream.aclose()
+        assert (await channel.call(CPU, b"")).status == 0
+
+
+async def test_a_listener_that_says_nothing_is_given_up(autojump_clock: trio.testing.MockClock) -> None:
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener, UcxEngine(ME, SECRET, CLUSTER, tls="tcp") as here:
+        port = listener.socket.getsockname()[1]
+        with pytest.raises(Disconnected, match="did not answer within 5 s"):
+            await here.connect(f"127.0.0.1:{port}")
+
+
+async def test_the_kernel_asks_silent_peers_within_the_lease() -> None:
+    async with peer_process("tcp") as (_, address), UcxEngine(ME, SECRET, CLUSTER, tls="tcp", lease_s=8) as here:
+        channel = await here.connect(address)
+        stream = channel._need_stream()  # type: ignore[attr-defined]
+        assert stream.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        idle, interval, count, timeout_ms = (
+            stream.getsockopt(socket.IPPROTO_TCP, option)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+        )
+        assert idle + interval * count <= 8
+        assert timeout_ms == 8000

@@ -1,0 +1,74 @@
+"""Be the other process in the tests of rpc/ucx: serve, and call back if asked to, until somebody kills it.
+
+    python tests/ucx_peer.py TLS
+
+Prints the address that it listens at. TLS is empty for the transport of UCX's choice.
+"""
+
+import os
+import sys
+import time
+import zlib
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import trio
+
+from benchfs_fuse.errors import Disconnected
+from benchfs_fuse.limits import PAYLOAD_MAX
+from benchfs_fuse.model import ClientId
+from benchfs_fuse.ports import Channel, Peer, Reply
+from benchfs_fuse.rpc.ucx import UcxEngine
+
+SECRET = bytes(range(32))
+CLUSTER = b"cluster-id-16-by"
+
+#: Operations: checksum of the payload; as many bytes as there is room for; processor time used so far; large requests
+#: and replies back to the caller without end.
+SUM, READ, CPU, FLOOD = range(1, 5)
+FLOOD_CALLS = 6
+
+
+class Service:
+    """Serve the operations above."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._data = memoryview(os.urandom(PAYLOAD_MAX))
+
+    async def __call__(self, channel: Channel, op: int, body: bytes, payload: memoryview | None, want: int) -> Reply:
+        if op == SUM:
+            return Reply(0, b"%d" % zlib.crc32(payload or b""))
+        if op == READ:
+            return Reply(0, b"%d" % zlib.crc32(self._data[:want]), self._data[:want])
+        if op == FLOOD:
+            for number in range(FLOOD_CALLS):
+                self._nursery.start_soon(self._flood, channel, number % 2 == 0)
+        return Reply(0, b"%d" % time.process_time_ns())
+
+    async def _flood(self, channel: Channel, send: bool) -> None:
+        try:
+            while True:
+                if send:
+                    reply = await channel.call(SUM, b"", self._data)
+                    assert int(reply.body) == zlib.crc32(self._data)
+                else:
+                    into = memoryview(bytearray(PAYLOAD_MAX))
+                    reply = await channel.call(READ, b"", into=into)
+                    assert int(reply.body) == zlib.crc32(into)
+        except Disconnected:
+            pass
+
+
+async def main(tls: str | None) -> None:
+    """Serve until killed."""
+    peer = Peer(ClientId(os.getpid()), 1, "peer", os.getpid(), "boot")
+    async with trio.open_nursery() as nursery, UcxEngine(peer, SECRET, CLUSTER, tls=tls) as engine:
+        sys.stdout.write(await engine.listen(Service(nursery)) + "\n")
+        sys.stdout.flush()
+        await trio.sleep_forever()
+
+
+if __name__ == "__main__":
+    trio.run(main, sys.argv[1] or None)
