@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -78,13 +79,14 @@ def resources(peers: Collection[int]) -> tuple[int, int, int]:
 
 async def transfer(channel: Channel, op: int, done: list[int]) -> None:
     """Send or fetch large payloads, every byte checked, until the connection ends."""
-    payload = os.urandom(PAYLOAD_MAX)
+    payload = ucx_peer.buffer(PAYLOAD_MAX)
+    payload[:] = random.randbytes(PAYLOAD_MAX)
     with suppress(Disconnected):
         while True:
             if op == SUM:
                 assert int((await channel.call(SUM, b"", payload)).body) == zlib.crc32(payload)
             else:
-                into = memoryview(bytearray(PAYLOAD_MAX))
+                into = ucx_peer.buffer(PAYLOAD_MAX)
                 reply = await channel.call(READ, b"", into=into)
                 assert (reply.received, int(reply.body)) == (PAYLOAD_MAX, zlib.crc32(into))
             done[0] += 1

@@ -5,7 +5,9 @@
 Prints the address that it listens at. TLS is empty for the transport of UCX's choice.
 """
 
+import mmap
 import os
+import random
 import sys
 import time
 import zlib
@@ -30,12 +32,18 @@ SUM, READ, CPU, FLOOD = range(1, 5)
 FLOOD_CALLS = 6
 
 
+def buffer(size: int) -> memoryview:
+    """Make a buffer that goes back to the system when it is dropped, so that leaks can be told from malloc's habits."""
+    return memoryview(mmap.mmap(-1, size))
+
+
 class Service:
     """Serve the operations above."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
-        self._data = memoryview(os.urandom(PAYLOAD_MAX))
+        self._data = buffer(PAYLOAD_MAX)
+        self._data[:] = random.randbytes(PAYLOAD_MAX)
 
     async def __call__(self, channel: Channel, op: int, body: bytes, payload: memoryview | None, want: int) -> Reply:
         if op == SUM:
@@ -54,7 +62,7 @@ class Service:
                     reply = await channel.call(SUM, b"", self._data)
                     assert int(reply.body) == zlib.crc32(self._data)
                 else:
-                    into = memoryview(bytearray(PAYLOAD_MAX))
+                    into = buffer(PAYLOAD_MAX)
                     reply = await channel.call(READ, b"", into=into)
                     assert int(reply.body) == zlib.crc32(into)
         except Disconnected:
