@@ -425,7 +425,7 @@ async def open_cluster(
     uid: int | None = None,
     gid: int | None = None,
 ) -> AsyncIterator[FileSystem]:
-    """Open a cluster by its registry directory; everything is flushed at the end.
+    """Open a cluster by its registry directory; at the end everything is flushed and every file closed.
 
     What is made belongs to ``uid`` and ``gid``, by default those of this process. One open cluster is one session:
     locks, caches and accepted writes are its own. UserError when the cluster cannot be reached or does not let us in.
@@ -439,4 +439,4 @@ async def open_cluster(
             os.geteuid() if uid is None else uid,
             os.getegid() if gid is None else gid,
         )
-        await session.files.drain()
+        await session.files.leave()

@@ -103,7 +103,7 @@ class Mount:
                     nursery.start_soon(self._leave_on_signal, signals, session)
                     nursery.start_soon(self._announce, session)
                     await fuse.serve()
-                    await session.files.drain()
+                    await session.files.leave()
                 finally:
                     fuse.unmount()
                     control.remove_record(self._mountpoint)

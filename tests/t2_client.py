@@ -470,6 +470,24 @@ async def test_a_write_that_is_waited_for_fails_by_itself() -> None:
         assert (await one.fs.stat("/f")).size == 0
 
 
+async def test_whoever_leaves_with_open_files_flushes_and_releases_them() -> None:
+    async with whole_cluster(1) as whole, whole.client() as one:
+        good, bad = await one.fs.open("/good", RW), await one.fs.open("/bad", RW)
+        await good.write(b"in time", 0)
+        await one.files.drain()
+        whole.chunks[0].rates = Rates(partial=1.0)
+        await bad.write(b"x" * 1000, 0)
+        await one.files.leave()
+        whole.chunks[0].rates = Rates()
+        assert one.files.statistics() == (0, 0, 0, 0)
+        await whole.service(whole.cluster.daemons[0]).metadata.wait_idle()
+        assert (await one.fs.stat("/good")).size == 7
+        async with await one.fs.open("/bad", os.O_RDWR) as again:  # nothing of what was not published comes back
+            await again.truncate(1000)
+            assert await again.read(2000, 0) == bytes(1000)
+        assert good.ino != bad.ino
+
+
 async def test_handles_of_a_client_that_was_expelled_are_stale() -> None:
     async with whole_cluster(1) as whole, whole.client() as one:
         file = await one.fs.open("/f", RW)

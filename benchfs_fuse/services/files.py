@@ -555,6 +555,22 @@ class Files:
 
         await all_of(one, [node for node in self._nodes.values() if node.dirty])
 
+    async def leave(self) -> None:
+        """Flush everything and give every handle back: nobody will. What cannot be flushed is dropped.
+
+        The daemons are told which files are doubtful then, as a goodbye alone would not tell them.
+        """
+
+        async def one(node: _Node) -> None:
+            for handle in list(node.handles):
+                try:
+                    await self.release(handle)
+                except FsError as error:
+                    log.warning("inode %d: cannot be given back: %s", node.ino, error)
+
+        await self.drain()
+        await all_of(one, list(self._nodes.values()))
+
     def statistics(self) -> FilesStatistics:
         """Count what is open and what is under way."""
         nodes = self._nodes.values()
