@@ -1,11 +1,13 @@
 """The mount process from outside: real daemons, a real mount, signals, the control socket, and bad mount points."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import pytest
 from cluster import Cluster, Mount, running_cluster
 
 from benchfs_fuse import control, kernel_mounts
+from benchfs_fuse.client import open_cluster
+from benchfs_fuse.errors import NotFound, UserError
 from benchfs_fuse.limits import MIB
 
 #: Seconds that a question to a mount process may take.
@@ -161,6 +165,77 @@ def test_read_only_and_options_of_the_kernel(cluster: Cluster) -> None:
         (mount.mountpoint / "f").touch()
     line = next(line for line in Path("/proc/mounts").read_text().splitlines() if str(mount.mountpoint) in line)
     assert {"ro", "noexec", "nosuid", "nodev", "default_permissions"} <= set(line.split()[3].split(","))
+    mount.stop()
+
+
+async def test_a_program_without_fuse_sees_the_same_files(cluster: Cluster, mount: Mount) -> None:
+    (mount.mountpoint / "made by the mount").write_bytes(b"1" * 100_000)
+
+    async def visit() -> None:
+        async with open_cluster(cluster.registry) as fs:
+            async with await fs.open("/made by the mount") as file:
+                buffer = bytearray(200_000)
+                assert await file.read_into(buffer, 0) == 100_000
+                assert buffer[:100_000] == b"1" * 100_000
+            async with await fs.open("/made by the program", os.O_RDWR | os.O_CREAT) as file:
+                await file.write(b"2" * 10_000_000, 0)
+            assert b"made by the mount" in await fs.listdir()
+            await fs.stat("/none")
+
+    with pytest.raises(NotFound):  # by itself, not in a group
+        await visit()
+    assert (mount.mountpoint / "made by the program").read_bytes() == b"2" * 10_000_000
+    assert (mount.mountpoint / "made by the program").stat().st_uid == os.geteuid()
+
+
+async def test_a_program_is_told_in_a_sentence_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no registry"):
+        async with open_cluster(tmp_path):
+            pass
+
+
+def test_settings_of_a_mount_have_an_effect(cluster: Cluster) -> None:
+    slow = cluster.mount("--attr-timeout", "0", "--no-xattr", "--noatime", "--gather-bytes-max", "0")
+    fast = cluster.mount()
+    path = slow.mountpoint / "f"
+    path.write_bytes(b"x")
+    with pytest.raises(OSError, match="not supported"):
+        os.setxattr(path, "user.a", b"1")
+    os.utime(path, ns=(1, 2))
+    with path.open("rb") as file:
+        file.read()
+    assert path.stat().st_atime_ns == 1
+    os.chmod(fast.mountpoint / "f", 0o600)
+    assert path.stat().st_mode & 0o777 == 0o600  # at once, from no cache
+    with path.open("wb", buffering=0) as file:
+        file.write(b"y" * 1000)
+        (left,) = control.ask(record_of(slow), control.Question("left"), ASK_S)
+        assert left.accepted_bytes == 0
+    with (fast.mountpoint / "f").open("rb") as file:
+        file.read()
+    assert (fast.mountpoint / "f").stat().st_atime_ns > 1
+    slow.stop()
+    fast.stop()
+
+
+def test_an_operation_that_needs_a_dead_daemon_fails_in_time(cluster: Cluster) -> None:
+    mount = cluster.mount("--op-timeout", "1", "--attr-timeout", "0")
+    for number in range(8):
+        (mount.mountpoint / f"d{number}").mkdir()
+    cluster.daemons[1].kill()
+    began = time.monotonic()
+    answers = []
+    for number in range(8):
+        try:
+            (mount.mountpoint / f"d{number}" / "none").exists()
+            answers.append(0)
+        except OSError as error:
+            answers.append(error.errno or -1)
+    assert set(answers) <= {0, errno.EIO} and errno.EIO in answers
+    assert time.monotonic() - began < 30
+    cluster.restart_daemon(1)
+    for number in range(8):
+        (mount.mountpoint / f"d{number}").rmdir()
     mount.stop()
 
 
