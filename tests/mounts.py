@@ -71,6 +71,14 @@ def workdir(mountpoint: Path) -> Path:
 
 
 @pytest.fixture
+def plain_dir() -> Iterator[Path]:
+    """Give a directory on tmpfs, for the tests of the tools that need no more than any directory."""
+    path = _fresh(SHARED_MEMORY)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
 def reference() -> Iterator[Path]:
     """Give a directory on tmpfs, the file system to compare with."""
     path = _fresh(SHARED_MEMORY)

@@ -196,20 +196,20 @@ def smallest_difference(pair: Pair, depth: Depth) -> tuple[Plan, Difference]:
 
 @pytest.mark.parametrize(("lie", "fields", "depth"), LIES, ids=[lie.__name__ for lie, _, _ in LIES])
 def test_a_lie_is_caught_and_shown_in_few_calls(
-    workdir: Path, reference: Path, lie: type[Sut], fields: set[str], depth: Depth
+    plain_dir: Path, reference: Path, lie: type[Sut], fields: set[str], depth: Depth
 ) -> None:
-    with Pair(workdir, reference, left_sut=lie) as pair:
+    with Pair(plain_dir, reference, left_sut=lie) as pair:
         plan, difference = smallest_difference(pair, depth)
         assert difference.field in fields
         assert len(plan.calls) <= 5
         assert pair.run(plan) == difference
-    with Pair(workdir, reference) as pair:
+    with Pair(plain_dir, reference) as pair:
         assert pair.run(plan) is None
 
 
-def test_check_raises_with_the_program_that_shows_it(workdir: Path, reference: Path) -> None:
+def test_check_raises_with_the_program_that_shows_it(plain_dir: Path, reference: Path) -> None:
     with (
-        Pair(workdir, reference, left_sut=WrongByte) as pair,
+        Pair(plain_dir, reference, left_sut=WrongByte) as pair,
         pytest.raises(DifferenceFoundError, match="CALLS = ") as found,
     ):
         check_all(pair, SEEDS)
@@ -221,8 +221,8 @@ def check_all(pair: Pair, seeds: range) -> None:
         check(pair, seed, CALLS_PER_RUN)
 
 
-def test_tmpfs_agrees_with_itself(workdir: Path, reference: Path) -> None:
-    with Pair(workdir, reference) as pair:
+def test_tmpfs_agrees_with_itself(plain_dir: Path, reference: Path) -> None:
+    with Pair(plain_dir, reference) as pair:
         check_all(pair, range(15))
 
 
@@ -252,12 +252,12 @@ def test_an_allowance_allows_no_more_than_it_says(name: str, difference: tuple[s
     assert not ALLOWANCES[name](found)
 
 
-def test_nothing_is_left_behind(workdir: Path, reference: Path) -> None:
+def test_nothing_is_left_behind(plain_dir: Path, reference: Path) -> None:
     files_open = len(os.listdir("/proc/self/fd"))
     here = Path.cwd()
-    with Pair(workdir, reference) as pair:
+    with Pair(plain_dir, reference) as pair:
         check(pair, 2, CALLS_PER_RUN)
-    assert list(workdir.iterdir()) == []
+    assert list(plain_dir.iterdir()) == []
     assert list(reference.iterdir()) == []
     assert Path.cwd() == here
     assert len(os.listdir("/proc/self/fd")) == files_open
@@ -275,10 +275,10 @@ class Dies(Sut):
 
 
 @pytest.mark.parametrize(("lie", "words"), [(Hangs, "no answer"), (Dies, "process ended")])
-def test_a_call_that_never_answers_is_named(workdir: Path, reference: Path, lie: type[Sut], words: str) -> None:
+def test_a_call_that_never_answers_is_named(plain_dir: Path, reference: Path, lie: type[Sut], words: str) -> None:
     plan = Plan((Call("stat", (b"/", 1)), Call("mkdir", (b"a", 0o755))), Depth.ANSWERS)
     with (
-        Pair(workdir, reference, left_sut=lie, deadline_s=1) as pair,
+        Pair(plain_dir, reference, left_sut=lie, deadline_s=1) as pair,
         pytest.raises(SideFailedError, match=f"left: {words}.* call 1.*mkdir"),
     ):
         pair.run(plan)
@@ -327,9 +327,9 @@ SELDOM_FAIL = {
 }
 
 
-def test_every_call_succeeds_and_fails_in_the_sequences(workdir: Path, reference: Path, tmp_path: Path) -> None:
+def test_every_call_succeeds_and_fails_in_the_sequences(plain_dir: Path, reference: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with Pair(workdir, reference, left_sut=functools.partial(Tally, str(log))) as pair:
+    with Pair(plain_dir, reference, left_sut=functools.partial(Tally, str(log))) as pair:
         for seed in SEEDS:
             assert pair.run(replace(invent(seed, CALLS_PER_RUN, direct=True), depth=Depth.ANSWERS)) is None
     seen = set(log.read_text().splitlines())

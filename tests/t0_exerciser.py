@@ -149,26 +149,26 @@ class DirectTearsPages(FileIo):
 @pytest.mark.parametrize(
     "lie", [WrongAtBoundary, OffByOne, LostTruncate, OldBytesReturn, StaleSize, LostMapping, AppendsOverwrite]
 )
-def test_a_lie_is_caught(workdir: Path, lie: type[FileIo]) -> None:
+def test_a_lie_is_caught(plain_dir: Path, lie: type[FileIo]) -> None:
     with pytest.raises(WrongByteError, match=r"seed 3, operation \d+: (byte|size)(.|\n)*last operations:\n"):
-        Exerciser([workdir / "file"], 3, io=lie()).run(OPS)
+        Exerciser([plain_dir / "file"], 3, io=lie()).run(OPS)
 
 
-def test_a_stale_read_at_the_other_mount_is_caught(workdir: Path) -> None:
-    (workdir / "other").symlink_to(".")
+def test_a_stale_read_at_the_other_mount_is_caught(plain_dir: Path) -> None:
+    (plain_dir / "other").symlink_to(".")
     with pytest.raises(WrongByteError, match=r"of .*other/file: "):
-        Exerciser([workdir / "file", workdir / "other" / "file"], 3, io=StaleAfterSwitch()).run(OPS)
+        Exerciser([plain_dir / "file", plain_dir / "other" / "file"], 3, io=StaleAfterSwitch()).run(OPS)
 
 
-def test_a_direct_write_cut_short_is_caught(workdir: Path) -> None:
+def test_a_direct_write_cut_short_is_caught(plain_dir: Path) -> None:
     with pytest.raises(WrongByteError):
-        Exerciser([workdir / "file"], 3, direct=True, io=DirectTearsPages()).run(OPS)
+        Exerciser([plain_dir / "file"], 3, direct=True, io=DirectTearsPages()).run(OPS)
 
 
 @pytest.mark.parametrize("lie", [AppendsInPieces, AppendsByStaleSize])
-def test_lost_and_torn_appends_are_caught(workdir: Path, lie: type[FileIo]) -> None:
+def test_lost_and_torn_appends_are_caught(plain_dir: Path, lie: type[FileIo]) -> None:
     with pytest.raises(WrongByteError, match=r"at byte|records found"):
-        exercise_append([workdir / "file"], 3, 400, io=lie())
+        exercise_append([plain_dir / "file"], 3, 400, io=lie())
 
 
 class SpillsOver(FileIo):
@@ -178,29 +178,31 @@ class SpillsOver(FileIo):
         super().write(fd, data + b"\0" if len(data) > 100_000 else data, offset)
 
 
-def test_a_region_changed_by_somebody_else_is_caught(workdir: Path) -> None:
+def test_a_region_changed_by_somebody_else_is_caught(plain_dir: Path) -> None:
     with pytest.raises(WrongByteError, match=r"processes ended with|region"):
-        exercise_regions([workdir / "file"], 3, 100, processes=2, io=SpillsOver())
+        exercise_regions([plain_dir / "file"], 3, 100, processes=2, io=SpillsOver())
 
 
 @pytest.mark.parametrize("mode", list(Mode))
-def test_an_honest_file_passes_and_leaves_nothing(workdir: Path, mode: Mode) -> None:
-    exercise(mode, workdir, None, 5, 100)
-    exercise(mode, workdir, workdir, 6, 100)
-    assert list(workdir.iterdir()) == []
+def test_an_honest_file_passes_and_leaves_nothing(plain_dir: Path, mode: Mode) -> None:
+    exercise(mode, plain_dir, None, 5, 100)
+    exercise(mode, plain_dir, plain_dir, 6, 100)
+    assert list(plain_dir.iterdir()) == []
 
 
-def test_the_same_seed_makes_the_same_file(workdir: Path) -> None:
-    exercisers = [Exerciser([workdir / name], seed, size_max=1 << 20) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+def test_the_same_seed_makes_the_same_file(plain_dir: Path) -> None:
+    exercisers = [
+        Exerciser([plain_dir / name], seed, size_max=1 << 20) for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
     for exerciser in exercisers:
         exerciser.run(OPS)
     models = [exerciser.model for exerciser in exercisers]
     assert models[0] == models[1] != models[2]
-    assert (workdir / "a").read_bytes() == models[0]
+    assert (plain_dir / "a").read_bytes() == models[0]
 
 
-def test_the_command_line_says_how_it_went(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(workdir), "--ops", "50", "--seed", "4"]) == 0
+def test_the_command_line_says_how_it_went(plain_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(plain_dir), "--ops", "50", "--seed", "4"]) == 0
     assert "every byte is right" in capsys.readouterr().out
-    assert main([str(workdir / "missing"), "--ops", "50"]) == 1
+    assert main([str(plain_dir / "missing"), "--ops", "50"]) == 1
     assert "missing" in capsys.readouterr().out
