@@ -32,8 +32,10 @@ ME = Peer(ClientId(1), -1, "tests", os.getpid(), "boot")
 #: How often to kill: enough to meet a transfer in many states, and to see a leak.
 ROUNDS = 5
 ROUNDS_ALL = 50
-#: Bytes by which a process may grow per killed peer: the shells of dead workers, the allocator's mood.
-GROWTH_MAX = 200_000
+#: Bytes by which a process may grow: per killed peer the shells of dead workers; once, what the allocators keep for the
+#: next time. A forgotten connection would be 18 MB, a forgotten worker 2 MB.
+GROWTH_MAX = 100_000
+SLACK_MAX = 8 << 20
 
 
 @pytest.fixture(params=["", "tcp"], ids=["shm", "tcp"])
@@ -120,7 +122,7 @@ async def test_killed_peers_leave_nothing_behind(tls: str, rounds: int) -> None:
         descriptors_now, memory_now, segments_now = resources(killed)
         assert descriptors_now == descriptors
         assert segments_now == 0
-        assert memory_now - memory < rounds * GROWTH_MAX
+        assert memory_now - memory < SLACK_MAX + rounds * GROWTH_MAX
         assert here.statistics().connections == 0
 
 
@@ -142,7 +144,7 @@ async def test_connections_that_close_leave_nothing_behind(tls: str) -> None:
         descriptors_now, memory_now, segments_now = resources([])
         assert descriptors_now == descriptors
         assert segments_now <= segments
-        assert memory_now - memory < 50 * GROWTH_MAX
+        assert memory_now - memory < SLACK_MAX + 50 * GROWTH_MAX
         assert (await kept.call(CPU, b"")).status == 0
 
 
