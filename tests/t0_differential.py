@@ -243,6 +243,7 @@ def test_what_holds_the_temporary_files_agrees_with_tmpfs(tmp_path: Path, refere
         ("nodev", ("open", "answer", "<EACCES>", None)),
         ("now", ("chmod", "mtime to ctime", "<", "=")),
         ("now", ("utimensat", "mtime", "same", "later")),
+        ("chown-nothing", ("chown", "ctime", "same", "later")),
         ("set-id", ("pwrite", "mode", "0o4755", "0o4711")),
     ],
 )
