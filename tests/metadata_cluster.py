@@ -519,6 +519,7 @@ class Cluster:
             assert node.service.locked == 0
             assert node.service.prepared == 0
             assert node.service.to_drop == 0
+            assert node.service._truncations.doubtful == set()
             assert node.service.orphans == sum(
                 1 for ino, inode in inodes.items() if inode.nlink == 0 and self.home(ino) is node
             )

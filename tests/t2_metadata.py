@@ -947,6 +947,45 @@ async def test_what_was_to_be_dropped_is_dropped_after_a_crash() -> None:
         cluster.check()
 
 
+async def test_no_file_is_dropped_on_two_pages_at_once() -> None:
+    async with cluster_of(2) as cluster:
+        released = trio.Event()
+
+        async def gate(source: int, target: int, request: Request) -> None:
+            await released.wait()
+
+        for number in range(1200):
+            await cluster.write(await cluster.create(ROOT_INO, b"%d" % number), 10)
+        cluster.gate = gate
+        # The first page holds 600 alone; the second begins behind it and goes round; the third meets it.
+        for number in (600, *range(600), *range(601, 1200)):
+            await cluster.ask(Unlink(ROOT_INO, b"%d" % number))
+        released.set()
+        await cluster.wait_idle()
+        assert cluster.nodes[0].service.to_drop == 0
+        cluster.check()
+
+
+async def test_a_burial_that_fails_is_tried_again(autojump_clock: MockClock) -> None:
+    async with cluster_of(1) as cluster:
+        ino = await cluster.create(ROOT_INO, b"file")
+        await cluster.ask(Open(ino, False))
+        await cluster.write(ino, 10)
+        await cluster.ask(Unlink(ROOT_INO, b"file"))
+        node = cluster.nodes[0]
+        first = node.store.writes + 1
+
+        def fail(number: int) -> None:
+            if first < number < first + 4:
+                raise NoSpace("the test says so")
+
+        node.store.before_write = fail
+        assert await refusal(cluster, Release(ino, 1, 0)) == ""
+        await cluster.wait_idle()
+        assert node.store.writes > first + 4
+        cluster.check()
+
+
 async def test_a_dead_daemon_holds_up_the_space_of_others_no_further_than_some_pages(autojump_clock: MockClock) -> None:
     async with cluster_of(2) as cluster:
         released = trio.Event()
@@ -1298,7 +1337,55 @@ async def test_the_end_of_a_session_waits_for_a_truncation_of_its_file() -> None
         released.set()
         await wait_all_tasks_blocked()
         await cluster.wait_idle()
+        assert not cluster.home(ino).handles.count(ino)
         assert cluster.chunks_of(ino) == {0}
+        cluster.check()
+
+
+async def test_a_doubtful_file_whose_truncation_crashed_is_trimmed_everywhere() -> None:
+    async with cluster_of(3) as cluster, trio.open_nursery() as nursery:
+        ino = await cluster.create(ROOT_INO, b"file")
+        await cluster.ask(Open(ino, True))
+        await cluster.ask(Open(ino, True), OTHER_CLIENT)
+        await cluster.write(ino, 10)
+        for index in (7, 8, 9, 10):
+            cluster.write_chunk(cluster.attrs(ino), index, 5)
+        await cluster.ask(Release(ino, 0, 1, True))
+        reached = trio.Event()
+
+        async def gate(source: int, target: int, request: Request) -> None:
+            reached.set()
+            await trio.sleep_forever()
+
+        cluster.gate = gate
+        nursery.start_soon(cluster.ask_once, SetAttr(ino, size=2), False)
+        await reached.wait()
+        cluster.gate = None
+        cluster.home(ino).die()
+        await cluster.wait_idle()
+        assert cluster.attrs(ino).size == 2
+        assert cluster.chunks_of(ino) == {0}
+        cluster.check()
+
+
+async def test_a_file_removed_while_its_dead_writer_is_dealt_with_leaves_no_chunks() -> None:
+    """A session may have a million files open; the last of them is doubtful from the first moment on."""
+    async with cluster_of(3) as cluster:
+        inos = [await cluster.create(ROOT_INO, b"%d" % number) for number in range(3)]
+        for index in range(20):
+            cluster.write_chunk(cluster.attrs(inos[-1]), index, 5)
+        node = cluster.nodes[0]
+
+        def remove_the_last(number: int) -> None:
+            node.store.after_write = None
+            request = Unlink(ROOT_INO, b"2")
+            node.service.handlers_now()[Unlink](request, Called(node.store, OTHER_CLIENT, 1, 1))
+
+        node.store.after_write = remove_the_last
+        await node.service.session_ended(CLIENT, [OpenCount(ino, 0, 1) for ino in inos], False)
+        await cluster.wait_idle()
+        assert cluster.chunks_of(inos[-1]) == set()
+        assert await cluster.names(ROOT_INO) == [b"0", b"1"]
         cluster.check()
 
 

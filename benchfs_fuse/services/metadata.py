@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import trio
 
+from ..errors import FsError
 from ..layout import ShardMap
 from ..model import ClientId
 from ..ports import KeyValueStore
@@ -246,17 +247,27 @@ class MetadataService:
     def _release(self, client_id: ClientId, one: OpenCount, clean: bool) -> None:
         draft = self._inodes.draft()
         inode = draft.find(one.ino)
-        if one.writers and not clean:
-            if inode is not None and inode.is_file:
-                self._truncations.doubt(draft, one.ino)
-            else:
-                self._truncations.doubtful.discard(one.ino)
+        if one.writers and not clean and inode is not None and inode.is_file:
+            self._truncations.doubt(draft, one.ino)
         self._opens.remove(draft, client_id, one.ino, one.readers, one.writers)
         draft.write()
         self._closed(one.ino)
 
     def _closed(self, ino: int) -> None:
-        """Look at an inode of which a handle was released: what becomes of it if it was the last."""
+        """Look at an inode of which a handle was released: what becomes of it if it was the last.
+
+        The release itself is done: what fails here is tried again behind the reply.
+        """
+        try:
+            self._look_after(ino)
+        except FsError:
+
+            async def again() -> None:
+                self._look_after(ino)
+
+            self._jobs.start(persist, f"the end of inode {ino}", again)
+
+    def _look_after(self, ino: int) -> None:
         if self._opens.count(ino):
             return
         inode = self._inodes.find(ino)
