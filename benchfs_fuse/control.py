@@ -196,8 +196,9 @@ async def serve(
 
 
 async def _answer_one(stream: trio.SocketStream, answer: Answer) -> None:
+    """Answer one question. Whoever hangs up before the answer ends that answer, nothing else."""
     async with stream:
-        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        try:
             line = b""
             while not line.endswith(b"\n"):
                 if len(line) > _LINE_MAX or not (more := await stream.receive_some()):
@@ -208,3 +209,5 @@ async def _answer_one(stream: trio.SocketStream, answer: Answer) -> None:
             except msgspec.DecodeError:
                 return
             await answer(question, lambda report: stream.send_all(_encode(report) + b"\n"))
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass

@@ -27,7 +27,7 @@ from .errors import Disconnected, UserError
 from .kv.rocks import RocksStore
 from .model import ClientId
 from .ports import ChunkStore, KeyValueStore, Peer
-from .processes import identify
+from .processes import identify, say_ready
 from .registry import DaemonEntry, Registry, boot_id
 from .rpc.client import Links
 from .rpc.messages import Body, Request, Status, StatusReply
@@ -203,9 +203,7 @@ async def run_daemon(options: DaemonOptions) -> None:
                     data.path,
                     entry.address,
                 )
-                if options.ready_fd is not None:
-                    os.write(options.ready_fd, b"ready\n")
-                    os.close(options.ready_fd)
+                say_ready(options.ready_fd)
 
             async with open_chunks(data.path, store) as chunks:
                 client_id = ClientId(secrets.randbits(63))

@@ -23,7 +23,7 @@ import trio
 from . import __version__, config, control, fuse, kernel_mounts, mountpoints
 from .client import Session, open_session
 from .errors import FsError, UserError
-from .processes import identify
+from .processes import identify, say_ready
 from .rpc.messages import StatusReply
 from .services.parallel import each
 
@@ -170,9 +170,7 @@ class Mount:
                     time.time(),
                 )
             )
-            if self._options.ready_fd is not None:
-                os.write(self._options.ready_fd, b"mounted\n")
-                os.close(self._options.ready_fd)
+            say_ready(self._options.ready_fd)
 
     async def _say_if_second(self, session: Session) -> None:
         """Say, once and plainly, what does not hold when a cluster is mounted more than once."""

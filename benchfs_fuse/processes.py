@@ -124,7 +124,7 @@ def end(processes: Iterable[ProcessId], timeout_s: float) -> list[ProcessId]:
 class Starting:
     """Be a module of ours that was started as ``python -m`` in its own session and is not ready yet.
 
-    It gets ``--ready-fd FD`` and writes a line there when it serves. Its output goes to the end of ``log``.
+    It gets ``--ready-fd FD`` and calls ``say_ready`` when it serves. Its output goes to the end of ``log``.
     """
 
     def __init__(self, module: str, arguments: Sequence[str], log: Path) -> None:
@@ -195,6 +195,14 @@ class Starting:
         code = self._child.returncode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         return f"{self._module} {how} before it was ready; its last words are in {self._log}"
+
+
+def say_ready(ready_fd: int | None) -> None:
+    """Tell whoever started this process, and waits for it, that it serves."""
+    if ready_fd is not None:
+        with contextlib.suppress(BrokenPipeError):  # nobody waits any more
+            os.write(ready_fd, b"ready\n")
+        os.close(ready_fd)
 
 
 def wait_ready(

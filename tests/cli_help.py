@@ -1,13 +1,14 @@
 """Run ``benchfs`` as people do, as a process, and hold it to its word: one sentence when something is wrong."""
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple, Self
@@ -21,6 +22,8 @@ from benchfs_fuse.processes import ProcessId, end, identify
 #: Seconds for any command on a loaded machine; nothing waits this long unless it hangs.
 PATIENCE_S = 90.0
 
+#: Modified, moved here, created (inotify(7)).
+IN_CHANGES = 0x2 | 0x80 | 0x100
 #: What a child prints when it holds what the test wants to be held.
 HELD = "held\n"
 
@@ -83,7 +86,7 @@ class Running:
     def __init__(self, *words: str, env: Mapping[str, str] | None = None) -> None:
         self.popen = subprocess.Popen(
             words,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -100,7 +103,7 @@ class Running:
     ) -> None:
         if self.popen.poll() is None:
             self.popen.kill()
-        for stream in (self.popen.stdout, self.popen.stderr):
+        for stream in (self.popen.stdin, self.popen.stdout, self.popen.stderr):
             if stream is not None:
                 stream.close()
         # After a failure it may sit in a mount that the test takes away only later.
@@ -140,14 +143,56 @@ def running_benchfs(*words: object, env: Mapping[str, str] | None = None) -> Run
 
 
 def holding(script: str, *words: object) -> Running:
-    """Begin a Python program that prints "held" when it holds what it is to hold, then waits to be killed."""
-    program = f"import os, sys, mmap, signal\n{script}\nprint('held', flush=True)\nsignal.pause()\n"
+    """Begin a Python program; return when it holds what it is to hold. Then it waits to be killed.
+
+    It may call ``step()``: there it holds something too, and goes on when ``go`` is called.
+    """
+    program = (
+        "import mmap, os, signal, sys\n"
+        "def held():\n    print('held', flush=True)\n"
+        "def step():\n    held()\n    sys.stdin.readline()\n"
+        f"{script}\nheld()\nsignal.pause()\n"
+    )
     child = Running(sys.executable, "-c", program, *map(str, words))
-    line = child.line()
-    if line != HELD:
+    try:
+        _wait_held(child)
+    except BaseException:
         child.popen.kill()
-        raise AssertionError(f"{line!r} {child.popen.communicate()}")
+        child.popen.communicate()
+        raise
     return child
+
+
+def go(child: Running) -> None:
+    """Let a program that is in ``step`` go on; return when it holds the next thing."""
+    tell(child)
+    _wait_held(child)
+
+
+def tell(child: Running) -> None:
+    """Send a line."""
+    assert child.popen.stdin is not None
+    child.popen.stdin.write("\n")
+    child.popen.stdin.flush()
+
+
+def _wait_held(child: Running) -> None:
+    line = child.line()
+    assert line == HELD, line + (child.popen.stderr.read() if child.popen.stderr is not None else "")
+
+
+def wait_until(condition: Callable[[], bool], directory: Path) -> None:
+    """Wait until something is so in a directory: looked at after each change there (inotify(7))."""
+    deadline = time.monotonic() + PATIENCE_S
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.inotify_init1(os.O_CLOEXEC)
+    try:
+        assert libc.inotify_add_watch(fd, os.fsencode(directory), IN_CHANGES) >= 0, os.strerror(ctypes.get_errno())
+        while not condition():
+            assert select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0], "it did not happen"
+            os.read(fd, 1 << 16)
+    finally:
+        os.close(fd)
 
 
 def processes_below(directory: Path) -> list[ProcessId]:

@@ -130,6 +130,8 @@ def up(wanted: Wanted) -> Path:
     try:
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _alone(data_dir):
+            place = mountpoints.look(place.path)  # somebody else may just have been at it
+            _refuse_strangers(place, data_dir, _linked(place.path))
             _bring_up(place, data_dir, wanted)
     except OSError as error:
         raise UserError(f"cannot use {error.filename or data_dir}: {error.strerror}") from None

@@ -108,7 +108,7 @@ def _drain(record: control.MountRecord, timeout_s: float) -> None:
     """Have everything flushed, with progress. UserError at the deadline: nothing is unmounted then."""
     deadline = time.monotonic() + timeout_s
     columns = (TextColumn("flushing"), BarColumn(), TextColumn("{task.fields[left]} bytes left"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = None
         try:
             for report in control.ask(record, control.Question("drain"), timeout_s):

@@ -119,6 +119,8 @@ class Link:
         self._slots = deque(range(ORDINARY_MAX))
         self._seqs = [0] * ORDINARY_MAX
         self._in_flight = 0
+        #: Requests that were sent again: each of them may have been served before, too.
+        self.repeated = 0
         self._channel: Channel | None = None
         #: Set and replaced whenever a caller that waits for a channel should look again.
         self._changed = trio.Event()
@@ -185,6 +187,7 @@ class Link:
                 reply = await channel.call(request.op, body, payload, into)
             except Disconnected:
                 self._leave(channel)
+                self.repeated += 1
                 continue
             except trio.Cancelled:
                 if payload is not None or into is not None:
@@ -320,8 +323,9 @@ class Link:
         known, self.trouble = self.trouble, trouble
         if known is None or type(known) is not type(trouble):
             since = time.strftime("%H:%M:%S", time.localtime(self._missing_since_s))
-            # Before it was ever there, a daemon that is not registered is only late.
-            self._level = logging.INFO if self._location is None and self._incarnation == 0 else logging.WARNING
+            # Before it was ever there, a daemon that is not registered is only late, and who is refused is told so.
+            first = self._incarnation == 0 and (self._location is None or isinstance(trouble, AuthenticationFailed))
+            self._level = logging.INFO if first else logging.WARNING
             log.log(self._level, "%s has been missing since %s: %s", self.name, since, trouble)
             self.wake()
 
