@@ -257,7 +257,9 @@ def refused_for_a_reason(request: Request, error: FsError) -> bool:
 
 
 @pytest.mark.parametrize("crashes", [0, 3])
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=[pytest.mark.exhaustive] if seed >= 4 else []) for seed in range(24)]
+)
 def test_names_stay_whole_when_many_change_them_at_once(seed: int, crashes: int) -> None:
     """Let clients meet, messages take their time, and daemons die: nobody hangs, and the stores agree at the end."""
     succeeded: Counter[str] = Counter()
@@ -503,7 +505,9 @@ def built() -> list[Any]:
     return trio.run(main)
 
 
-@pytest.mark.parametrize("patient", [True, False], ids=["retry", "no retry"])
+@pytest.mark.parametrize(
+    "patient", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["retry", "no retry"]
+)
 @pytest.mark.parametrize(("act", "error"), ACTS, ids=[act.__name__ for act, _ in ACTS])
 def test_a_crash_anywhere_ends_in_all_or_nothing(built: list[Any], act: Act, error: str, patient: bool) -> None:
     """Let every daemon die at every write, before and after, and at every message, sent and served."""
