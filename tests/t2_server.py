@@ -31,12 +31,12 @@ from benchfs_fuse.rpc.messages import (
     EntryReply,
     Expel,
     Failure,
+    Finish,
+    FinishReply,
     GetAttr,
     Heartbeat,
     Lookup,
     OpenCount,
-    Outcome,
-    OutcomeReply,
     ReadChunk,
     ReadChunkReply,
     Request,
@@ -78,7 +78,7 @@ class Ledger:
         return {CommitWrite: self.commit_later, SyncMeta: self.wait}
 
     def handlers_now(self) -> Mapping[type[Request], Callable[[Request, Call], Body | None]]:
-        return {CommitWrite: self.commit_now, GetAttr: self.get, Outcome: self.outcome}
+        return {CommitWrite: self.commit_now, GetAttr: self.get, Finish: self.finish}
 
     def commit_now(self, request: Request, call: Call) -> Body | None:
         assert isinstance(request, CommitWrite)
@@ -115,8 +115,8 @@ class Ledger:
             raise self.failure
         return AttrsReply(attrs_of(request.ino))
 
-    def outcome(self, request: Request, call: Call) -> Body:
-        return OutcomeReply(True, False)
+    def finish(self, request: Request, call: Call) -> Body:
+        return FinishReply(())
 
     async def session_ended(self, client_id: ClientId, opens: Sequence[OpenCount], clean: bool) -> None:
         pass
@@ -358,7 +358,7 @@ async def test_strangers_to_the_session_are_refused() -> None:
         await channel.aclose()
         cluster.nursery.start_soon(links.run)
         with pytest.raises(NotPermitted):
-            await links.to(0).call(Outcome(TxId(0, 1, 1)), OutcomeReply)
+            await links.to(0).call(Finish(TxId(0, 1, 1), True), FinishReply)
         with pytest.raises(ProtocolError):
             await links.to(0).call(GetAttr(5), AttrsReply, payload=b"unasked for")
 
@@ -368,8 +368,8 @@ async def test_daemons_reach_each_other_and_themselves() -> None:
         peers = ledger(cluster.daemons[0]).peers
         assert peers is not None
         for daemon_id in (0, 1):
-            assert (await peers.call(daemon_id, Outcome(TxId(0, 1, 1)), OutcomeReply)).decided
-        assert cluster.network.calls[Outcome.op] == 1  # itself it reaches without a connection
+            await peers.call(daemon_id, Finish(TxId(0, 1, 1), True), FinishReply)
+        assert cluster.network.calls[Finish.op] == 1  # itself it reaches without a connection
         ledger(cluster.daemons[0]).failure = NotFound("not here")
         with pytest.raises(NotFound):
             await peers.call(0, GetAttr(3), AttrsReply)
@@ -386,18 +386,18 @@ async def test_waiting_requests_of_daemons_leave_room_for_those_that_end_the_wai
             await released.wait()
             return EntryReply(Entry(1, 0, None))
 
-        async def outcome(request: Request, call: Call) -> Body:
+        async def finish(request: Request, call: Call) -> Body:
             released.set()
-            return OutcomeReply(True, True)
+            return FinishReply(())
 
-        del cluster.daemons[1].server._handlers_now[Outcome]
-        cluster.daemons[1].server.register({Lookup: lookup, Outcome: outcome})
+        del cluster.daemons[1].server._handlers_now[Finish]
+        cluster.daemons[1].server.register({Lookup: lookup, Finish: finish})
         with trio.fail_after(5):
             async with trio.open_nursery() as nursery:
                 for _ in range(500):
                     nursery.start_soon(peers.call, 1, Lookup(1, b"x"), EntryReply)
                 await wait_all_tasks_blocked()
-                await peers.call(1, Outcome(TxId(0, 1, 1)), OutcomeReply)
+                await peers.call(1, Finish(TxId(0, 1, 1), True), FinishReply)
 
 
 # ── payloads ─────────────────────────────────────────────────────────────────────────────────────────────────────────

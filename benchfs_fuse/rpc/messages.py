@@ -595,27 +595,16 @@ class FinishReply(Body, frozen=True):
 
 
 class Finish(Request, frozen=True):
-    """Apply (``commit``) or forget prepared steps and unlock. A transaction that is not known here is already over."""
+    """Apply (``commit``) or forget prepared steps and unlock. A transaction that is not known here is already over.
+
+    Counter 0, to be forgotten: everything that earlier incarnations of that daemon prepared here. They decided none of
+    it, for what they decided was told before.
+    """
 
     op: ClassVar[int] = 97
     Reply: ClassVar[type[Body]] = FinishReply
     txid: TxId
     commit: bool
-
-
-class OutcomeReply(Body, frozen=True):
-    """Tell what became of a transaction: ``decided`` false while it is under way."""
-
-    decided: bool
-    commit: bool
-
-
-class Outcome(Request, frozen=True):
-    """Ask the coordinator about a prepared transaction."""
-
-    op: ClassVar[int] = 98
-    Reply: ClassVar[type[Body]] = OutcomeReply
-    txid: TxId
 
 
 class Expel(Request, frozen=True):

@@ -32,7 +32,6 @@ from .messages import (
     Failure,
     Finish,
     Hello,
-    Outcome,
     Prepare,
     Request,
     TrimChunks,
@@ -50,7 +49,7 @@ BulkHandler = Callable[[Request, memoryview | None, int], Awaitable[Reply]]
 log = logging.getLogger(__name__)
 
 #: What only daemons may ask of each other.
-FROM_DAEMONS = (TrimChunks, DropChunks, Prepare, Finish, Outcome, Expel)
+FROM_DAEMONS = (TrimChunks, DropChunks, Prepare, Finish, Expel)
 #: Characters of an error's message that travel: it is for logs.
 MESSAGE_MAX = 500
 
