@@ -1,5 +1,6 @@
 """Know whose a daemon's store is: format, cluster and daemon number are written once and checked at every start."""
 
+import os
 import stat
 
 from .. import disk
@@ -15,7 +16,7 @@ _CLUSTER = disk.META + b"cluster"
 _DAEMON = disk.META + b"daemon"
 _INCARNATION = disk.META + b"incarnation"
 
-#: Permissions of the root directory, owned by root, as a fresh local file system has them.
+#: Permissions of the root directory, as a fresh local file system has them. It belongs to whoever runs the daemon.
 ROOT_MODE = 0o755
 
 
@@ -59,6 +60,7 @@ def daemon_of(store: KeyValueStore) -> tuple[str, int] | None:
 
 def _root(chunk_size: int, width: int, now_ns: int) -> Inode:
     mode = stat.S_IFDIR | ROOT_MODE
+    uid, gid = os.geteuid(), os.getegid()
     return Inode.of(
-        Attrs(ROOT_INO, GENERATION, mode, 2, 0, 0, 0, 0, 0, now_ns, now_ns, now_ns, 1, chunk_size, width, ROOT_INO)
+        Attrs(ROOT_INO, GENERATION, mode, 2, uid, gid, 0, 0, 0, now_ns, now_ns, now_ns, 1, chunk_size, width, ROOT_INO)
     )
