@@ -102,7 +102,7 @@ SETTLE_TRIES = 8
 #: Seconds for the meeting socket to say what it knows, when UCX has failed first. A dead process's sockets close within
 #: microseconds of each other; a network that fails for UCX alone is as good as silent.
 VERDICT_S = 1.0
-#: Progress calls that let cancelled receives leave a worker before it is destroyed.
+#: Progress calls that let cancelled receives and a closed endpoint leave a worker before it is destroyed.
 LAST_PROGRESS = 16
 
 _CONTROL = 1 << 32
@@ -158,13 +158,15 @@ class _Ucx:
         self._keep = ctypes.pythonapi.Py_IncRef
         self._keep.argtypes, self._keep.restype = [ctypes.py_object], None
 
-    def destroy(self, worker: Any) -> None:
-        """Destroy a worker with all it holds, whatever state that is in. Its UCXX shell, about 1 KB, stays for ever.
+    def destroy(self, worker: Any, endpoint: Any) -> None:
+        """Destroy a worker with all it holds, whatever state that is in. UCXX's shells, some KB, stay for ever.
 
-        The shell's destructor must not run: it works on the worker first. It owns one file descriptor besides.
+        The worker's shell would work on the worker in its destructor; it owns one file descriptor besides. The
+        endpoint's shell is what UCX calls when it finds out, perhaps only now, that the other end has gone.
         """
         descriptor = worker.epoll_file_descriptor
         self._keep(worker)
+        self._keep(endpoint)
         self._destroy(worker.handle)
         os.close(descriptor)
 
@@ -707,8 +709,9 @@ class UcxChannel:
             self._worker.progress_once()
         if self._endpoint is not None:
             self._endpoint.close_blocking()  # by force, as it has error handling: waits for nobody
-            self._endpoint = None
-        self._ucx.destroy(self._worker)
+        for _ in range(LAST_PROGRESS):
+            self._worker.progress_once()
+        self._ucx.destroy(self._worker, self._endpoint)
         del arrays
         for release in releases:
             release()
