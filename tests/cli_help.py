@@ -89,8 +89,7 @@ class Running:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
-            bufsize=1,
+            bufsize=0,  # else a line could wait in a buffer, where select sees nothing
             start_new_session=True,
             env={**os.environ, **(env or {})},
         )
@@ -115,12 +114,12 @@ class Running:
         """Return the process id."""
         return self.popen.pid
 
-    def line(self, stream: IO[str] | None = None) -> str:
+    def line(self, stream: IO[bytes] | None = None) -> str:
         """Wait for the next line of its output (by default stdout)."""
         source = stream or self.popen.stdout
         assert source is not None
         assert select.select([source], [], [], PATIENCE_S)[0], "it said nothing"
-        return source.readline()
+        return source.readline().decode()
 
     def wait_error(self, words: str) -> str:
         """Wait for a line with ``words`` on stderr."""
@@ -132,7 +131,7 @@ class Running:
 
     def wait(self) -> Done:
         """Wait for the end; return it with the rest of its output."""
-        out, err = self.popen.communicate(timeout=PATIENCE_S)
+        out, err = (said.decode() for said in self.popen.communicate(timeout=PATIENCE_S))
         assert "Traceback" not in err, err
         return Done(self.popen.returncode, out, err)
 
@@ -172,13 +171,12 @@ def go(child: Running) -> None:
 def tell(child: Running) -> None:
     """Send a line."""
     assert child.popen.stdin is not None
-    child.popen.stdin.write("\n")
-    child.popen.stdin.flush()
+    child.popen.stdin.write(b"\n")
 
 
 def _wait_held(child: Running) -> None:
     line = child.line()
-    assert line == HELD, line + (child.popen.stderr.read() if child.popen.stderr is not None else "")
+    assert line == HELD, f"{line!r} {child.popen.stderr and child.popen.stderr.read().decode()}"
 
 
 def wait_until(condition: Callable[[], bool], directory: Path) -> None:

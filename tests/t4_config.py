@@ -1,0 +1,383 @@
+"""Every setting changes what the running system does, wherever it is set. A key without a test fails the last one."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from cli_help import (
+    HELD,
+    PATIENCE_S,
+    Running,
+    benchfs,
+    daemons_of,
+    holding,
+    records_below,
+    refused,
+    succeeds,
+    take_away,
+    tell,
+)
+from cluster import Cluster, Mount, running_cluster
+
+from benchfs_fuse import config, control
+from benchfs_fuse.registry import Registry
+
+T = TypeVar("T", bound=Callable[..., object])
+
+_shown: set[str] = set()
+
+
+def shows(*names: str) -> Callable[[T], T]:
+    """Note that a test shows the effect of these keys."""
+
+    def note(test: T) -> T:
+        _shown.update(names)
+        return test
+
+    return note
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with running_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def mounting(cluster: Cluster) -> Iterator[Callable[..., Mount]]:
+    """Mount the cluster with settings, any number of times."""
+    mounts: list[Mount] = []
+
+    def mount(*arguments: str) -> Mount:
+        mounts.append(cluster.mount(*arguments))
+        return mounts[-1]
+
+    yield mount
+    for one in mounts:
+        one.stop()
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """Make a directory for clusters of a test's own."""
+    directory = Path(tempfile.mkdtemp(prefix="benchfs-config-"))
+    directory.chmod(0o755)
+    (directory / "mnt").mkdir()
+    try:
+        yield directory
+    finally:
+        take_away(directory)
+        shutil.rmtree(directory)
+
+
+def left(mount: Mount) -> control.Report:
+    """Ask a mount what it has accepted and not flushed."""
+    record = control.read_record(mount.mountpoint)
+    assert record is not None
+    (report,) = control.ask(record, control.Question("left"), PATIENCE_S)
+    return report
+
+
+def name(test: str) -> str:
+    """Return a file name that no other test uses: they share the cluster."""
+    return f"of-{test}"
+
+
+# ── mount ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@shows("mount.attr_timeout_s")
+def test_attributes_are_cached_for_attr_timeout(mounting: Callable[..., Mount]) -> None:
+    caching, asking = mounting("--attr-timeout=3600"), mounting("--attr-timeout=0")
+    changing = mounting()
+    (changing.mountpoint / name("attr")).touch(0o600)
+
+    def modes() -> list[int]:
+        return [stat.S_IMODE((mount.mountpoint / name("attr")).stat().st_mode) for mount in (caching, asking)]
+
+    assert modes() == [0o600, 0o600]
+    (changing.mountpoint / name("attr")).chmod(0o644)
+    assert modes() == [0o600, 0o644]
+
+
+@shows("mount.op_timeout_s")
+def test_operations_wait_for_op_timeout(place: Path) -> None:
+    mnt, patient = place / "mnt", place / "patient"
+    patient.mkdir()
+    data = place / "data"
+    succeeds("up", mnt, "--data-dir", data, "--op-timeout", "0.3")
+    succeeds("mount", patient, "--registry-dir", data / "registry", "--op-timeout", "0")
+    script = (
+        "step()\ntry:\n    os.mkdir(sys.argv[1] + '/d')\nexcept OSError as error:\n    print(error.errno, flush=True)\n"
+        "else:\n    print(0, flush=True)"
+    )
+    with holding(script, patient) as waiting, holding(script.replace("/d", "/e"), mnt) as hasty:
+        for daemon in daemons_of(data):
+            os.kill(daemon.pid, signal.SIGSTOP)
+        tell(waiting)
+        tell(hasty)
+        assert hasty.line() == f"{errno.EIO}\n"
+        for daemon in daemons_of(data):
+            os.kill(daemon.pid, signal.SIGCONT)
+        assert waiting.line() == "0\n"
+        assert waiting.line() == hasty.line() == HELD
+    succeeds("umount", patient)
+    succeeds("down", mnt)
+
+
+@shows("mount.xattr")
+def test_extended_attributes_are_served_with_xattr(mounting: Callable[..., Mount]) -> None:
+    served, refused = mounting("--xattr"), mounting("--no-xattr")
+    (served.mountpoint / name("xattr")).touch()
+    os.setxattr(served.mountpoint / name("xattr"), "user.colour", b"red")
+    assert os.getxattr(served.mountpoint / name("xattr"), "user.colour") == b"red"
+    with pytest.raises(OSError, match="not supported"):
+        os.getxattr(refused.mountpoint / name("xattr"), "user.colour")
+
+
+@shows("mount.allow_other")
+def test_others_get_in_with_allow_other(cluster: Cluster, mounting: Callable[..., Mount]) -> None:
+    default, closed = mounting(), mounting("--no-allow-other")
+    cluster.directory.chmod(0o755)
+
+    def as_nobody(mount: Mount) -> str:
+        done = subprocess.run(
+            ["ls", "-d", f"{mount.mountpoint}/."],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            user=65534,
+            group=65534,
+            extra_groups=[],
+        )
+        return done.stderr
+
+    assert as_nobody(default) == ""
+    assert "Permission denied" in as_nobody(closed)
+
+
+@shows("mount.noatime")
+def test_access_times_stay_with_noatime(mounting: Callable[..., Mount]) -> None:
+    for mount, moves in ((mounting("--noatime"), False), (mounting(), True)):
+        file = mount.mountpoint / f"{name('atime')}-{moves}"
+        file.write_bytes(b"x")
+        os.utime(file, ns=(0, 0))
+        file.read_bytes()
+        assert (file.stat().st_atime_ns != 0) == moves
+
+
+@shows("mount.gather_bytes_max", "mount.gather_time_s")
+def test_writes_are_gathered_up_to_a_size_and_for_a_time(mounting: Callable[..., Mount]) -> None:
+    at_once = mounting("--gather-bytes-max=0")
+    bounded = mounting("--gather-bytes-max=2M", "--gather-time=3600")
+    ample = mounting("--gather-bytes-max=64M", "--gather-time=3600")
+    soon = mounting("--gather-bytes-max=64M", "--gather-time=0.01")
+    with contextlib.ExitStack() as files:
+        for mount in (at_once, bounded, ample, soon):
+            files.enter_context(holding(GATHERED, mount.mountpoint / f"{name('gather')}-{mount.mountpoint.name}"))
+        assert left(at_once).accepted_bytes == 0
+        assert left(bounded).accepted_bytes <= 2 << 20
+        assert left(ample).accepted_bytes == 10 * 500_000
+        deadline = time.monotonic() + PATIENCE_S
+        while left(soon).dirty_files:  # nobody is told when it has flushed
+            assert time.monotonic() < deadline
+        assert left(ample).accepted_bytes == 10 * 500_000
+    assert left(ample).dirty_files == 0
+
+
+#: A program that writes to ten files, to each less than a full request, and keeps them open.
+GATHERED = """
+files = [open(f'{sys.argv[1]}-{number}', 'wb', buffering=0) for number in range(10)]
+for file in files:
+    file.write(bytes(500_000))
+"""
+
+
+def cpu_ns(pid: int) -> int:
+    """Return how long a process has run (Documentation/scheduler/sched-stats.rst)."""
+    return sum(int(Path(task, "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir())
+
+
+def ask_with_pauses(directory: Path) -> None:
+    """Cause a request to a daemon now and then; the pauses are longer than the longest spin."""
+    for number in range(5):
+        with contextlib.suppress(FileNotFoundError):
+            (directory / f"none-{number}-{time.monotonic_ns()}").stat()
+        time.sleep(0.11)
+
+
+@shows("mount.spin_us", "daemon.spin_us")
+def test_spinning_costs_what_it_is_allowed(place: Path) -> None:
+    """The longest spin, 100 ms, is seen in the CPU time of who waits; on a single core nobody spins."""
+    lone = len(os.sched_getaffinity(0)) == 1
+    mnt = place / "mnt"
+    spent = {}
+    for daemon_us, mount_us in ((0, 100_000), (100_000, 0)):
+        env = {"BENCHFS_DAEMON_SPIN_US": str(daemon_us)}
+        succeeds("up", mnt, "--data-dir", place / "data", "--spin", mount_us, env=env)
+        (record,) = records_below(place)
+        pids = {"mount": record.process.pid, "daemon": daemons_of(place / "data")[0].pid}
+        ask_with_pauses(mnt)  # warm
+        before = {who: cpu_ns(pid) for who, pid in pids.items()}
+        ask_with_pauses(mnt)
+        for who, pid in pids.items():
+            spent[who, mount_us if who == "mount" else daemon_us] = cpu_ns(pid) - before[who]
+        succeeds("down", mnt)
+    for who in ("mount", "daemon"):
+        assert lone or spent[who, 100_000] > 2 * spent[who, 0] + 50_000_000, spent
+
+
+# ── daemon ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@shows("daemon.lease_s")
+def test_a_silent_mount_is_expelled_after_the_lease(place: Path) -> None:
+    mnt, silent = place / "mnt", place / "silent"
+    silent.mkdir()
+    data = place / "data"
+    succeeds("up", mnt, "--data-dir", data, env={"BENCHFS_DAEMON_LEASE_S": "1"})
+    succeeds("mount", silent, "--registry-dir", data / "registry")
+    record = control.read_record(silent)
+    assert record is not None
+
+    def mounts_known() -> set[str]:
+        found = json.loads(succeeds("status", mnt, "--json").out)
+        return {
+            one["label"]
+            for daemon in found["daemons"]
+            for one in daemon["status"]["sessions"]
+            if one["kind"] == "mount"
+        }
+
+    assert mounts_known() == {str(mnt), str(silent)}
+    os.kill(record.process.pid, signal.SIGSTOP)
+    deadline = time.monotonic() + PATIENCE_S / 3  # half of the default lease
+    while mounts_known() != {str(mnt)}:
+        assert time.monotonic() < deadline
+    os.kill(record.process.pid, signal.SIGCONT)
+    while (expelled := benchfs("status", silent)).code == 0:  # it has to come back to be told
+        assert time.monotonic() < deadline
+    assert expelled.code == 3 and "expelled: daemon" in expelled.out
+    benchfs("umount", silent, "--force")
+    succeeds("down", mnt)
+
+
+@shows("daemon.listen")
+def test_daemons_are_met_where_they_listen(place: Path) -> None:
+    mnt, data = place / "mnt", place / "data"
+
+    def hosts() -> set[str]:
+        with Registry(data / "registry") as registry:
+            entries = [registry.find(number) for number in range(registry.cluster.daemons)]
+        return {entry.address.rpartition(":")[0] for entry in entries if entry is not None}
+
+    succeeds("up", mnt, "--data-dir", data)
+    assert hosts() == {"127.0.0.1"}
+    succeeds("down", mnt)
+    succeeds("up", mnt, "--data-dir", data, env={"BENCHFS_DAEMON_LISTEN": "127.0.0.2"})
+    assert hosts() == {"127.0.0.2"}
+    succeeds("down", mnt)
+
+
+# ── cluster, and which source wins ───────────────────────────────────────────────────────────────────────────────────
+
+
+@shows("cluster.chunk_size")
+def test_files_are_cut_by_the_clusters_chunk_size(place: Path) -> None:
+    mnt, data = place / "mnt", place / "data"
+    succeeds("up", mnt, "--data-dir", data, "--chunk-size", "64K")
+    (mnt / "f").write_bytes(bytes(100_000))
+    found = json.loads(succeeds("layout", mnt / "f", "--json").out)
+    assert (found["chunk_size"], found["count"]) == (65536, 2)
+    succeeds("down", mnt)
+
+
+def test_the_command_line_goes_before_the_environment_before_the_file_before_the_default(tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text('[cluster]\nchunk_size = "1M"\n')
+    settings, environ = ["--config", "settings.toml"], {"BENCHFS_CLUSTER_CHUNK_SIZE": "512K"}
+    for number, (words, env, size) in enumerate(
+        (
+            ([], {}, 4 << 20),
+            (settings, {}, 1 << 20),
+            ([], {"BENCHFS_CONFIG": "settings.toml"}, 1 << 20),
+            (settings, environ, 512 << 10),
+            ([*settings, "--chunk-size", "256K"], environ, 256 << 10),
+        )
+    ):
+        succeeds("init", f"registry{number}", "--daemons", "1", *words, env=env, cwd=tmp_path)
+        assert json.loads((tmp_path / f"registry{number}" / "cluster.json").read_text())["chunk_size"] == size
+
+
+def test_every_source_reaches_the_mount_process(cluster: Cluster, place: Path) -> None:
+    """The mount runs elsewhere than the command: relative paths and all sources have to arrive."""
+    mnt = place / "mnt"
+    (place / "settings.toml").write_text("[mount]\nxattr = false\n")
+    file = {"BENCHFS_CONFIG": "settings.toml"}
+    on, off = {"BENCHFS_MOUNT_XATTR": "on"}, {"BENCHFS_MOUNT_XATTR": "off"}
+    for words, env, served in (
+        ([], {}, True),
+        (["--config", "settings.toml"], {}, False),
+        ([], file, False),
+        (["-o", "config=settings.toml"], {}, False),
+        ([], {**file, **on}, True),
+        (["--xattr"], {**file, **off}, True),
+        (["-o", "noxattr"], on, False),
+        (["-o", "noxattr", "--xattr"], off, True),
+    ):
+        succeeds("mount", mnt, "--registry-dir", cluster.registry, *words, env=env, cwd=place)
+        try:
+            os.listxattr(mnt)
+            assert served, (words, env)
+        except OSError as error:
+            assert not served and error.errno == errno.EOPNOTSUPP, (words, env)  # noqa: PT017  either is right once
+        succeeds("umount", mnt)
+    bad = refused("mount", mnt, "--registry-dir", cluster.registry, code=2, env={"BENCHFS_MOUNT_XATTR": "perhaps"})
+    assert "environment, BENCHFS_MOUNT_XATTR: mount.xattr cannot be 'perhaps'" in bad
+
+
+# ── ucx ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def transports(mount: Mount) -> set[str]:
+    found = json.loads(succeeds("status", mount.mountpoint, "--json").out)
+    return {daemon["transport"] for daemon in found["daemons"]}
+
+
+@shows("ucx.tls")
+def test_tls_narrows_the_transports(mounting: Callable[..., Mount]) -> None:
+    assert transports(mounting("--tls=tcp")) == {"tcp"}
+    assert transports(mounting()) == {"shm"}
+
+
+@shows("ucx.net_devices")
+def test_net_devices_narrows_the_devices(cluster: Cluster, mounting: Callable[..., Mount], place: Path) -> None:
+    mount = mounting("--tls=tcp", "--net-devices=lo")
+    assert transports(mount) == {"tcp"}
+    program = (
+        "import sys, benchfs_fuse.client as client\nclient.CONNECT_TIMEOUT_S = 2.0\n"
+        "from benchfs_fuse.mount import main\nsys.exit(main())"
+    )
+    words = [str(place / "mnt"), "--registry-dir", str(cluster.registry), "--tls=tcp", "--net-devices=none0"]
+    with Running(sys.executable, "-c", program, *words) as wrong:
+        done = wrong.wait()
+    assert done.code == 1 and done.err.splitlines()[-1].startswith("benchfs: "), done
+
+
+# ── all of them ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_key_has_a_test_of_its_effect() -> None:
+    assert _shown == set(config.keys())
