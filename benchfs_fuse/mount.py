@@ -54,7 +54,7 @@ def tune_kernel(mountpoint: Path) -> list[str]:
     """Set what makes the kernel ask for more at once; return sentences on what could not be set, and what it costs."""
     mounted = kernel_mounts.find(mountpoint)
     assert mounted is not None, "just mounted"
-    connection = Path(f"/sys/fs/fuse/connections/{mounted.minor}")
+    connection = kernel_mounts.connection(mounted.minor)
     wanted = (
         (connection / "max_background", MAX_BACKGROUND, "at most 12 asynchronous reads are under way at once"),
         (connection / "congestion_threshold", CONGESTION_THRESHOLD, "readahead stops at 9 requests under way"),

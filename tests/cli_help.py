@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple, Self
+from urllib.parse import quote
 
 import msgspec
 
 from benchfs_fuse import control, kernel_mounts
 from benchfs_fuse.commands.local import LocalCluster
 from benchfs_fuse.processes import ProcessId, end, identify
+from benchfs_fuse.runtime import runtime_dir
 
 #: Seconds for any command on a loaded machine; nothing waits this long unless it hangs.
 PATIENCE_S = 90.0
@@ -256,6 +258,8 @@ def take_away(directory: Path) -> list[str]:
     end(processes, 5.0)
     for record in records_below(directory):
         control.remove_record(Path(record.mountpoint))
+    for file in runtime_dir().glob(quote(f"{directory}/", safe="") + "*"):
+        file.unlink()  # logs and links
     return left
 
 

@@ -266,7 +266,7 @@ def test_doctor_judges_by_its_exit_code(tmp_path: Path) -> None:
         (["/r", "/m", "-o", "rw,nonsense"], 1, "unknown mount option 'nonsense'"),
         (["/r", "/m", "-o", "op_timeout=never"], 1, "mount.op_timeout_s cannot be 'never'"),
         (["/r", "/m", "-N", "/proc/1/ns/mnt"], 1, "nsenter"),
-        (["/r", "/none/at/all"], 32, "does not exist"),
+        (["/none", "/proc/none"], 32, "does not exist"),
         (["/r", "/m", "-f", "-o", "rw,ro"], 0, ""),
     ],
 )

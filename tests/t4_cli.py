@@ -126,6 +126,7 @@ def cluster() -> Iterator[Cluster]:
     """Give a cluster to tests that leave it as it is; each mounts it for itself."""
     with running_cluster() as cluster:
         yield cluster
+        take_away(cluster.directory)
 
 
 @pytest.fixture
@@ -194,6 +195,16 @@ def test_up_starts_what_has_died(up: Up) -> None:
     assert (up.mnt / "f").read_bytes() == b"kept"
     assert succeeds("status", up.mnt).err == ""
     succeeds("down", up.mnt)
+
+
+def test_a_cluster_can_be_copied_and_started_elsewhere(place: Path) -> None:
+    mnt, data, copy = place / "mnt", place / "data", place / "copy"
+    script = f"for n in 1 2 3 4; do mkdir {mnt}/d$n; seq 100000 > {mnt}/d$n/f; done"
+    succeeds("up", mnt, "--data-dir", data, "--chunk-size", "64K", "--", "sh", "-c", script)
+    subprocess.run(["cp", "-a", data, copy], check=True)
+    shutil.rmtree(data)
+    script = f"for n in 1 2 3 4; do seq 100000 | cmp - {mnt}/d$n/f || exit 1; done"
+    succeeds("up", mnt, "--data-dir", copy, "--", "sh", "-c", script)
 
 
 def test_up_does_not_touch_somebody_elses_mount(cluster: Cluster, mounted: Mount) -> None:
