@@ -105,8 +105,10 @@ async def receive_callers(
         try:
             with scope:
                 await meet(stream)
-        except (Disconnected, AuthenticationFailed, ProtocolError) as error:
-            log.warning("a caller was turned away: %s", error)
+        except Disconnected as error:
+            log.info("a caller went away: %s", str(error))
+        except (AuthenticationFailed, ProtocolError) as error:
+            log.warning("a caller was turned away: %s", str(error))
         finally:
             pending.pop(scope, None)
 

@@ -498,20 +498,18 @@ class UcxChannel:
 
     def _send(self, data: Buffer | None, tag: Any, release: Callable[[], None] | None = None) -> None:
         """Start sending; keep the buffer until it is out, then call ``release``. What fails ends the connection."""
-        array = self._ucx.Array(data)
-        self._counters.bytes_out += array.nbytes
-        request = None
-        try:
-            if self._failed:
-                raise self._ucx.Error
-            request = self._endpoint.tag_send(array, tag)
-            if not request.completed:
-                self._sends.append((request, array, release))
-                return
-            request.check_error()
-        except self._ucx.Error:
-            self._fail()
-        request = None
+        if not self._failed:
+            array = self._ucx.Array(data)
+            self._counters.bytes_out += array.nbytes
+            try:
+                request = self._endpoint.tag_send(array, tag)
+                if not request.completed:
+                    self._sends.append((request, array, release))
+                    return
+                request.check_error()
+                request = None
+            except self._ucx.Error:
+                self._fail()
         if release is not None:
             release()
 
@@ -531,6 +529,8 @@ class UcxChannel:
             return False
         progress = self._worker.progress_once
         if not progress():
+            if self._sends:
+                self._reap_sends()
             return False
         while progress():
             pass
