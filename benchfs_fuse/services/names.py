@@ -14,6 +14,7 @@ import stat
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, NamedTuple, TypeVar
 
+import msgspec
 import trio
 
 from .. import disk
@@ -364,8 +365,8 @@ class Names:
             raise NotFound(f"inode {request.ino} has no name left")
 
         def reply(attrs_of: AttrsOf) -> Body:
-            # What a retry is told of an inode elsewhere is as old as what was looked up.
-            return AttrsReply(attrs_of(request.ino) or attrs)
+            # What a retry is told of an inode elsewhere is as old as what was looked up, but for the new name.
+            return AttrsReply(attrs_of(request.ino) or msgspec.structs.replace(attrs, nlink=attrs.nlink + 1))
 
         kind = stat.S_IFMT(attrs.mode)
         return Plan([PutEntry(request.parent, request.name, request.ino, kind, 0), AddLink(request.ino)], reply)
