@@ -5,6 +5,7 @@ Only processes started here are ended, each by its pid.
 """
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -22,6 +23,15 @@ from benchfs_fuse.registry import init_registry
 LEAVE_S = 20.0
 
 
+_libc = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """Have this process told to end when the tests are killed (prctl(2)): nobody else would stop it then."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 class Process:
     """Run one of our modules until it is told to end; its output is in ``log``."""
 
@@ -36,6 +46,7 @@ class Process:
                 stderr=output,
                 pass_fds=[writer],
                 start_new_session=True,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509  it makes one system call and takes no lock
                 env={**os.environ, **(environ or {})},
             )
         os.close(writer)
