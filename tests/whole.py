@@ -62,7 +62,6 @@ class Whole:
 
     def __init__(self, network: MemoryNetwork, nursery: trio.Nursery, daemons: int, seed: int) -> None:
         self.network = network
-        self.nursery = nursery
         self.stores = [MemoryChunkStore(filesystem=f"memory{number}") for number in range(daemons)]
         self.chunks = [FaultyChunkStore(store, seed=seed + number) for number, store in enumerate(self.stores)]
         self.cluster = MemoryCluster(network, nursery, self._serve, daemons=daemons, seed=seed)
@@ -80,7 +79,13 @@ class Whole:
             clock=time.time_ns,
         )
         metadata.recover()
-        self.nursery.start_soon(metadata.run)
+        daemon.nursery.start_soon(metadata.run)
+
+        async def review_after_grace() -> None:
+            await sessions.wait_grace_over()
+            metadata.grace_ended()
+
+        daemon.nursery.start_soon(review_after_grace)
         chunks = ChunkServer(self.chunks[daemon.daemon_id])
         daemon.server.register({}, {}, chunks.bulk())
         return WholeService(metadata, chunks)

@@ -86,6 +86,10 @@ class MemoryChunkStore:
         free = self._total - self._allocated
         return [DiskUsage(self._filesystem, self._total, free, free, 1 << 20, (1 << 20) - len(self._chunks))]
 
+    def contents(self) -> dict[ChunkId, tuple[Record, bytes]]:
+        """Return a copy of everything stored."""
+        return {chunk: (record, bytes(content)) for chunk, (record, content) in self._chunks.items()}
+
     async def aclose(self) -> None:
         """Do nothing but yield; what is stored stays readable."""
         await trio.lowlevel.checkpoint()

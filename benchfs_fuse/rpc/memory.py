@@ -270,6 +270,11 @@ class MemoryNetwork:
         """Serve the next request (of operation ``op``, or any), but end the connection instead of replying. Adds up."""
         self._lose_reply.append(op)
 
+    def lose_nothing(self) -> None:
+        """Take back all losses that were asked for and have not come about."""
+        self._lose_request.clear()
+        self._lose_reply.clear()
+
     def partition(self, one: MemoryNode, other: MemoryNode) -> None:
         """Hold every message between two nodes until ``heal``; new connections between them fail."""
         self._partitions.setdefault(frozenset((one, other)), trio.Event())

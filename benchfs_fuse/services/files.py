@@ -133,9 +133,9 @@ class _Node:
         self.publishing = trio.Lock()
         self.writing: WriteBehind
         self.store: RemoteChunkStore
-        #: Daemons whose chunks this mount has synced since it wrote there; False until the first fsync asked them all.
+        #: Whether an fsync has asked all daemons of the file: before, what earlier handles wrote may not be synced.
         self.synced_once = False
-        #: Bytes were dropped: the daemons may hold parts of them behind the size.
+        #: The daemons may hold parts of dropped bytes behind the size, or more than was counted.
         self.doubtful = False
         #: The daemon has restarted and does not know the inode any more.
         self.lost = False
@@ -284,7 +284,7 @@ class Files:
         node = _Node(attrs, self.known)
         store = self._stores.get(attrs.width)
         if store is None:
-            store = self._stores[attrs.width] = RemoteChunkStore(self._links, attrs.width)
+            store = self._stores[attrs.width] = RemoteChunkStore(self._links, attrs.width, self._doubt)
         node.store = store
         node.writing = WriteBehind(
             attrs.ino,
@@ -297,6 +297,12 @@ class Files:
             lambda error: self._drop(node, error),
         )
         return node
+
+    def _doubt(self, ino: int) -> None:
+        """Take note that a write may have been counted too low: the last release has the file counted anew."""
+        node = self._nodes.get(ino)
+        if node is not None:
+            node.doubtful = True
 
     def _drop(self, node: _Node, error: FsError) -> None:
         """Take note that gathered bytes are lost."""

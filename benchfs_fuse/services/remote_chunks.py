@@ -1,6 +1,6 @@
 """Reach the chunks of all daemons through one ChunkStore: each chunk at the daemon that its layout names."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -30,12 +30,13 @@ class RemoteChunkStore:
 
     Daemons alone may trim and drop; a mount that tries is answered NotPermitted. Errors of the links (Stale,
     DaemonUnreachable) come out too. What was sent again after a reconnection may have been done before: then the growth
-    or the freed bytes that it returns are too low.
+    or the freed bytes that it returns are too low. ``on_repeated`` is told the file of a write that may be such a one.
     """
 
-    def __init__(self, links: Links, width: int) -> None:
+    def __init__(self, links: Links, width: int, on_repeated: Callable[[int], None] = lambda ino: None) -> None:
         self._links = links
         self._width = width
+        self._on_repeated = on_repeated
 
     async def read(self, chunk: ChunkId, offset: int, into: memoryview) -> int:
         """Read into the caller's buffer; return how many bytes from ``offset`` on exist."""
@@ -55,10 +56,13 @@ class RemoteChunkStore:
         link = self._links.to(self._links.shard_map.of_chunk(chunk.ino, chunk.index, self._width))
         view = memoryview(data)
         grown = 0
+        repeated = link.repeated
         for start in range(0, len(view), PAYLOAD_MAX):
             piece = view[start : start + PAYLOAD_MAX]
             request = WriteChunk(chunk.ino, chunk.index, offset + start)
             grown += (await link.call(request, WriteChunkReply, payload=piece)).allocated_delta
+        if link.repeated != repeated:
+            self._on_repeated(chunk.ino)
         return grown
 
     async def trim(self, ino: int, index: int, offset: int) -> Trimmed:

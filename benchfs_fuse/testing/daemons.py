@@ -119,6 +119,8 @@ class MemoryDaemon:
         self.server: Server
         self.links: Links
         self.service: Service
+        #: For the tasks of the service: they die with the daemon.
+        self.nursery: trio.Nursery
         self._scope = trio.CancelScope()
         self._stopped = trio.Event()
 
@@ -155,10 +157,11 @@ class MemoryDaemon:
             daemons=set(cluster.shard_map.daemons) - {self.daemon_id},
         )
         peers = ClusterPeers(self.daemon_id, self.server, self.links)
-        self.service = self._make_service(self, self.store, self.sessions, peers)
-        self.server.register(self.service.handlers(), self.service.handlers_now())
         with trio.CancelScope() as self._scope:
             async with trio.open_nursery() as nursery:
+                self.nursery = nursery
+                self.service = self._make_service(self, self.store, self.sessions, peers)
+                self.server.register(self.service.handlers(), self.service.handlers_now())
                 await nursery.start(self.server.run)
                 nursery.start_soon(self.links.run)
                 await nursery.start(self.sessions.run, self.service.session_ended, peers)
