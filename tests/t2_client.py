@@ -724,6 +724,7 @@ class _Immediate:
 
     daemons = (0,)
     shard_map = ShardMap.round_robin(1)
+    repeated = 0
 
     def __init__(self) -> None:
         self.attrs = Attrs(make_ino(0, 5), 1, 0o100600, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1, CHUNK, 1, 0)
