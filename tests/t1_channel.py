@@ -449,3 +449,13 @@ async def test_the_short_way_is_tried_first(pair: Pair) -> None:
 async def test_nobody_answers_at_a_wrong_address(pair: Pair) -> None:
     with pytest.raises(Disconnected):
         await pair.network.connect("127.0.0.1:1")
+
+
+async def test_an_error_passes_through_as_it_is(transport: str) -> None:
+    async def fail() -> None:
+        async with NETWORKS[transport]() as (client, server):
+            await client.connect(await server.listen(Service()))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        await fail()

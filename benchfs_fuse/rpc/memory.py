@@ -256,7 +256,11 @@ class MemoryNetwork:
     ) -> None:
         assert self._nursery is not None
         self._nursery.cancel_scope.cancel()
-        await self._nursery_manager.__aexit__(kind, error, traceback)
+        try:
+            await self._nursery_manager.__aexit__(kind, error, traceback)
+        except BaseExceptionGroup as group:
+            if group.exceptions != (error,):
+                raise  # what the body alone raised goes on as it is
 
     def node(self, peer: Peer) -> MemoryNode:
         """Add a node; ``peer`` is how the others see it."""

@@ -42,7 +42,6 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -761,18 +760,22 @@ class UcxEngine:
         self._contexts: dict[bool, Any] = {}
         self._channels: set[UcxChannel] = set()
         self._nursery: trio.Nursery | None = None
-        self._stack = AsyncExitStack()
+        self._nursery_manager = trio.open_nursery()
 
     async def __aenter__(self) -> Self:
-        self._nursery = await self._stack.enter_async_context(trio.open_nursery())
+        self._nursery = await self._nursery_manager.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
+    ) -> None:
         assert self._nursery is not None
         self._nursery.cancel_scope.cancel()
-        return bool(await self._stack.__aexit__(kind, error, traceback))
+        try:
+            await self._nursery_manager.__aexit__(kind, error, traceback)
+        except BaseExceptionGroup as group:
+            if group.exceptions != (error,):
+                raise  # what the body alone raised goes on as it is
 
     def statistics(self) -> UcxStatistics:
         """Return what this engine has done so far."""
