@@ -468,6 +468,8 @@ class Run:
     @asynccontextmanager
     async def _broken(self, rates: Rates) -> AsyncIterator[Callable[[], int]]:
         """Have the chunk stores fail for a while; yields what counts how often they did."""
+        for thing in self.contents:
+            await self._settle(thing, -1)
         await self.rest()
         before = sum(sum(store.struck.values()) for store in self.whole.chunks)
         for store in self.whole.chunks:
@@ -629,7 +631,7 @@ def test_the_cluster_does_what_a_plain_model_does(
 
 
 @pytest.mark.slow
-@examples(2000)
+@examples(800)
 def test_the_cluster_does_so_for_many_plans(
     plan: list[tuple[Any, Any]], daemons: int, seed: int, gather_bytes: int
 ) -> None:
