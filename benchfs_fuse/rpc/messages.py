@@ -308,7 +308,9 @@ class Open(Request, frozen=True):
 
 
 class Release(Request, frozen=True):
-    """Take handles back; ``doubtful`` tells that writes failed, so that the daemon trims what lies behind the size."""
+    """Take handles back. ``doubtful``: writes failed or were sent twice; the daemon trims what lies behind the size and
+    counts the space anew, when nobody has the file open any more.
+    """
 
     op: ClassVar[int] = 27
     Reply: ClassVar[type[Body]] = Done
