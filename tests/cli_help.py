@@ -258,7 +258,7 @@ def take_away(directory: Path) -> list[str]:
     end(processes, 5.0)
     for record in records_below(directory):
         control.remove_record(Path(record.mountpoint))
-    for file in runtime_dir().glob(quote(f"{directory}/", safe="") + "*"):
+    for file in runtime_dir().glob(quote(str(directory), safe="") + "[.%]*"):
         file.unlink()  # logs and links
     return left
 
