@@ -27,7 +27,7 @@ import msgspec
 from .. import control, mountpoints
 from ..errors import UserError
 from ..mountpoints import Place, State
-from ..processes import ProcessId, Starting, alive, end, wait_ready
+from ..processes import ProcessId, Starting, alive, end, uninterrupted, wait_ready
 from ..registry import Registry, init_registry
 from ..runtime import file_for
 from .mounting import FORCE_LEAVE_S, start_mount, tell, unmount
@@ -203,14 +203,15 @@ def _bring_up(place: Place, data_dir: Path, wanted: Wanted) -> None:
             if process is not None and alive(process):
                 continue
             arguments = [f"--registry-dir={registry}", f"--data-dir={folder}", f"--daemon-id={index}"]
-            starting.append(
-                one := Starting("benchfs_fuse.daemon", [*arguments, *wanted.daemon_arguments], _log_of(folder))
-            )
-            running[index] = one.process
-            _write(data_dir, LocalCluster(str(place.path), tuple(running)))
+            with uninterrupted():
+                one = Starting("benchfs_fuse.daemon", [*arguments, *wanted.daemon_arguments], _log_of(folder))
+                starting.append(one)
+                running[index] = one.process
+                _write(data_dir, LocalCluster(str(place.path), tuple(running)))
         if place.state is not State.SERVED:
             # Together with the daemons: it waits for them, and says at once what is wrong with the mount point.
-            starting.append(start_mount(place.path, registry, data_dir / "mount.log", wanted.mount_arguments))
+            with uninterrupted():
+                starting.append(start_mount(place.path, registry, data_dir / "mount.log", wanted.mount_arguments))
         wait_ready(starting)
     except BaseException:
         for one in starting:
