@@ -1,4 +1,4 @@
-"""Encode POSIX access ACLs as Linux keeps them in ``system.posix_acl_access``, and relate them to permission bits.
+"""Encode POSIX ACLs as Linux keeps them in two extended attributes, and relate them to permission bits.
 
 offset      size  field (linux/posix_acl_xattr.h), little endian
 0           4     version: 2
@@ -12,6 +12,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .errors import InvalidArgument, NotSupported
+
+#: The extended attributes: who may do what with an inode, and what the inodes made in a directory inherit.
+ACCESS = b"system.posix_acl_access"
+DEFAULT = b"system.posix_acl_default"
 
 VERSION = 2
 #: Tags (linux/posix_acl.h), in the order in which they must come.
@@ -90,3 +94,11 @@ def with_mode(acl: Acl, mode: int) -> Acl:
     group = MASK if any(entry.tag == MASK for entry in acl) else GROUP_OBJ
     bits = {USER_OBJ: mode >> 6 & 7, group: mode >> 3 & 7, OTHER: mode & 7}
     return [entry._replace(permissions=bits.get(entry.tag, entry.permissions)) for entry in acl]
+
+
+def inherited(default: Acl, mode: int) -> Acl:
+    """Return the access ACL of what is made with ``mode`` in a directory with this default ACL: no more than both say.
+
+    As posix_acl_create_masq() of fs/posix_acl.c. Its permission bits (``permissions_of``) are those of the new inode.
+    """
+    return with_mode(default, permissions_of(default) & mode)

@@ -13,6 +13,7 @@ Errors are the classes of ``benchfs_fuse.errors``; each carries the errno that a
 cancelled; a cancelled change may have been made. Times are ns since the epoch, sizes and offsets bytes.
 """
 
+import itertools
 import logging
 import os
 import secrets
@@ -40,12 +41,13 @@ from .errors import (
     UserError,
 )
 from .limits import READDIR_ENTRIES_MAX
-from .model import ROOT_INO, Attrs, ClientId, DirEntry
+from .model import LOCK_END, ROOT_INO, Attrs, ClientId, DirEntry, LockKind, LockType
 from .ports import Peer
 from .registry import Registry, boot_id
 from .rpc.client import Links, open_links
 from .rpc.messages import TIME_NOW, TIME_OMIT
 from .rpc.ucx import UcxEngine
+from .services.file_locks import FileLocks, open_locks
 from .services.files import Files, Handle, open_files
 from .services.namespace import Namespace, Space
 
@@ -67,11 +69,17 @@ OPENS_MAX = 100
 
 
 class File:
-    """Be one open file of a ``FileSystem``; several tasks may use it at once. Close it, or use it in ``async with``."""
+    """Be one open file of a ``FileSystem``; several tasks may use it at once. Close it, or use it in ``async with``.
 
-    def __init__(self, files: Files, handle: Handle) -> None:
+    After that everything but ``close`` raises BadHandle.
+    """
+
+    def __init__(self, files: Files, locks: FileLocks, handle: Handle, owner: int) -> None:
         self._files = files
+        self._locks = locks
         self._handle = handle
+        #: Whose the locks are that are taken here.
+        self._owner = owner
 
     async def __aenter__(self) -> Self:
         return self
@@ -119,22 +127,71 @@ class File:
 
     async def truncate(self, size: int) -> None:
         """Cut or extend the file."""
+        self._files.check_open(self._handle)
         await self._files.setattr(self.ino, size=size, mtime_ns=TIME_NOW)
+
+    async def fallocate(self, offset: int, length: int, mode: int = 0) -> None:
+        """Reserve space for a range, or do what ``mode`` of fallocate(2) says. NoSpace; NotSupported: any other mode.
+
+        Known are FALLOC_FL_KEEP_SIZE (1), FALLOC_FL_ZERO_RANGE (16), both, and FALLOC_FL_PUNCH_HOLE with the first (3).
+        """
+        await self._files.fallocate(self._handle, mode, offset, length)
+        if self._handle.syncs:
+            await self._files.fsync(self._handle)
+
+    async def seek_data(self, offset: int) -> int:
+        """Return the first byte at or behind ``offset`` that is not in a hole. NoDevice (ENXIO): there is none."""
+        return await self._files.seek(self._handle, offset, os.SEEK_DATA)
+
+    async def seek_hole(self, offset: int) -> int:
+        """Return the first byte at or behind ``offset`` in a hole, or the size. NoDevice (ENXIO): behind the end."""
+        return await self._files.seek(self._handle, offset, os.SEEK_HOLE)
+
+    async def copy_range(self, offset: int, target: "File", target_offset: int, length: int) -> int:
+        """Have the daemons copy bytes of this file into another, or to another place of it; return how many.
+
+        That may be fewer than asked for; 0 at the end of this file. Ranges that overlap are an InvalidArgument.
+        """
+        copied = await self._files.copy_range(self._handle, offset, target._handle, target_offset, length)
+        if target._handle.syncs:
+            await target._files.fsync(target._handle)
+        return copied
 
     async def stat(self) -> Attrs:
         """Return the attributes."""
+        self._files.check_open(self._handle)
         return await self._files.getattr(self.ino)
 
     async def fsync(self) -> None:
         """Bring everything written here to stable storage."""
         await self._files.fsync(self._handle)
 
+    async def lock(self, offset: int = 0, length: int = 0, *, shared: bool = False, wait: bool = True) -> None:
+        """Lock ``length`` bytes (0: however long the file gets) against everybody, or, ``shared``, against writers.
+
+        These are the locks of fcntl(2); this open file is their owner, as with F_OFD_SETLK. What it holds of these
+        bytes is replaced. Cancelled: nothing has changed. WouldBlock, if it should not ``wait``; Deadlock, NoLocks.
+        """
+        await self._lock(LockType.READ if shared else LockType.WRITE, offset, length, wait)
+
+    async def unlock(self, offset: int = 0, length: int = 0) -> None:
+        """Give back ``length`` bytes (0: all behind ``offset``), whether they were locked or not."""
+        await self._lock(LockType.UNLOCK, offset, length, wait=False)
+
+    async def _lock(self, type_: LockType, offset: int, length: int, wait: bool) -> None:
+        self._files.check_open(self._handle)
+        end = offset + length - 1 if length else LOCK_END
+        await self._locks.set(self.ino, self._owner, LockKind.POSIX, type_, offset, end, wait, os.getpid())
+
     async def close(self) -> None:
-        """Flush and close. What an earlier write failed with comes out here, once; the file is closed even so."""
+        """Flush, unlock and close. What an earlier write failed with comes out once; the file is closed even so."""
         try:
             await self._files.flush(self._handle)
         finally:
-            await self._files.release(self._handle)
+            try:
+                await self._locks.drop(self.ino, self._owner, LockKind.POSIX)
+            finally:
+                await self._files.release(self._handle)
 
 
 class _Place(NamedTuple):
@@ -148,44 +205,54 @@ class _Place(NamedTuple):
 class FileSystem:
     """Be the file system of a cluster. ``uid`` and ``gid`` own what is made here."""
 
-    def __init__(self, namespace: Namespace, files: Files, uid: int, gid: int) -> None:
+    def __init__(self, namespace: Namespace, files: Files, locks: FileLocks, uid: int, gid: int) -> None:
         self.namespace = namespace
         self.files = files
+        self.locks = locks
+        self._owners = itertools.count(1)
         self._uid = uid
         self._gid = gid
 
     # ── paths ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _walk(self, path: StrPath, follow: bool) -> _Place:
-        """Find where a path leads; with ``follow``, through a symbolic link at its end too."""
+    async def _walk(self, path: StrPath, follow: bool, last: bool = True) -> _Place:
+        """Find where a path leads; with ``follow``, through a symbolic link at its end too.
+
+        Without ``last`` the name at the end is not looked up: what it stands for is None, whatever there is.
+        """
         todo = _components(path)
-        directory = await self.files.getattr(ROOT_INO)
+        directory: Attrs | None = None  # stands for the root: nothing has to be asked about it on the way
         links = 0
         while todo:
             name = todo.pop(0)
             if name == b"..":
-                directory = await self.files.getattr(directory.parent or ROOT_INO)
+                if directory is not None:
+                    directory = await self.files.getattr(directory.parent or ROOT_INO)
                 continue
+            parent = directory.ino if directory is not None else ROOT_INO
+            if not todo and not last:
+                return _Place(parent, name, None)
             try:
-                attrs = await self.files.fresh(await self.namespace.lookup(directory.ino, name))
+                attrs = await self.files.fresh(await self.namespace.lookup(parent, name))
             except NotFound:
                 if todo:
                     raise
-                return _Place(directory.ino, name, None)
+                return _Place(parent, name, None)
             if stat.S_ISLNK(attrs.mode) and (todo or follow):
                 links += 1
                 if links > SYMLINKS_MAX:
                     raise SymlinkLoop(repr(path))
                 target = await self.namespace.readlink(attrs.ino)
                 if target.startswith(b"/"):
-                    directory = await self.files.getattr(ROOT_INO)
+                    directory = None
                 todo = _components(target) + todo
                 continue
             if not todo:
-                return _Place(directory.ino, name, attrs)
+                return _Place(parent, name, attrs)
             if not attrs.is_dir:
                 raise NotADirectory(repr(name))
             directory = attrs
+        directory = directory or await self.files.getattr(ROOT_INO)
         return _Place(directory.ino, b"", directory)
 
     async def _find(self, path: StrPath, follow: bool = True) -> Attrs:
@@ -196,7 +263,7 @@ class FileSystem:
 
     async def _new_place(self, path: StrPath) -> _Place:
         """Find where something is to be made or removed; the root is no such place."""
-        place = await self._walk(path, follow=False)
+        place = await self._walk(path, follow=False, last=False)
         if not place.name:
             raise InvalidArgument(f"{path!r} ends in no name")
         return place
@@ -254,9 +321,11 @@ class FileSystem:
     async def open(self, path: StrPath, flags: int = os.O_RDONLY, mode: int = 0o666) -> File:
         """Open a regular file with ``flags`` of open(2); O_CREAT makes it with ``mode`` (no umask is applied)."""
         for _ in range(OPENS_MAX):
-            place = await self._walk(path, follow=not flags & (os.O_NOFOLLOW | os.O_EXCL))
+            new = bool(flags & os.O_CREAT and flags & os.O_EXCL)  # the daemon says if it is not
+            place = await self._walk(path, follow=not flags & (os.O_NOFOLLOW | os.O_EXCL), last=not new)
             try:
-                return File(self.files, await self._open(place, flags, mode))
+                handle = await self._open(place, flags, mode)
+                return File(self.files, self.locks, handle, next(self._owners))
             except (Stale, Exists) as error:
                 if isinstance(error, Exists) and flags & os.O_EXCL:
                     raise
@@ -291,7 +360,7 @@ class FileSystem:
         return await self._make(path, stat.S_IFLNK | 0o777, target=os.fsencode(target))
 
     async def _make(self, path: StrPath, mode: int, *, rdev: int = 0, target: bytes = b"") -> Attrs:
-        place = await self._walk(path, follow=False)
+        place = await self._walk(path, follow=False, last=False)
         if place.attrs is not None:
             raise Exists(repr(path))
         attrs = await self.namespace.make(
@@ -351,6 +420,8 @@ class Session(NamedTuple):
     links: Links
     namespace: Namespace
     files: Files
+    locks: FileLocks
+    network: UcxEngine
 
 
 @asynccontextmanager
@@ -362,19 +433,19 @@ async def open_session(registry: Path, settings: Settings, *, kind: str, label: 
     mount, ucx = settings.mount, settings.ucx
     failure: Exception | None = None
     with Registry(registry) as directory:
-        await directory.wait_complete(COMPLETE_TIMEOUT_S, log.warning)
         cluster = directory.cluster
         client_id = ClientId(secrets.randbits(63))
-        async with (
-            UcxEngine(
-                Peer(client_id, -1, socket.gethostname(), os.getpid(), boot_id()),
-                directory.secret,
-                bytes.fromhex(cluster.cluster_id),
-                tls=ucx.tls or None,
-                net_devices=ucx.net_devices or None,
-                spin_us=mount.spin_us,
-            ) as engine,
-            open_links(
+        async with UcxEngine(
+            Peer(client_id, -1, socket.gethostname(), os.getpid(), boot_id()),
+            directory.secret,
+            bytes.fromhex(cluster.cluster_id),
+            tls=ucx.tls or None,
+            net_devices=ucx.net_devices or None,
+            public=ucx.public,
+            spin_us=mount.spin_us,
+        ) as engine:
+            await directory.wait_complete(COMPLETE_TIMEOUT_S, log.warning)
+            async with open_links(
                 engine,
                 directory,
                 cluster.shard_map,
@@ -382,21 +453,24 @@ async def open_session(registry: Path, settings: Settings, *, kind: str, label: 
                 kind=kind,
                 label=label,
                 op_timeout_s=mount.op_timeout_s or float("inf"),
-            ) as links,
-        ):
-            namespace = Namespace(links)
-            try:
-                await _connect(links)
-                async with open_files(
-                    namespace,
-                    gather_bytes_max=mount.gather_bytes_max,
-                    gather_time_s=mount.gather_time_s,
-                    atime=not mount.noatime,
-                ) as files:
-                    links.opens, links.on_lost = files.opens, files.lose
-                    yield Session(cluster.cluster_id, links, namespace, files)
-            except Exception as error:  # noqa: BLE001  raised below, where no nursery wraps it into a group
-                failure = error
+            ) as links:
+                namespace = Namespace(links)
+                try:
+                    await _connect(links)
+                    async with (
+                        open_locks(links) as locks,
+                        open_files(
+                            namespace,
+                            gather_bytes_max=mount.gather_bytes_max,
+                            gather_time_s=mount.gather_time_s,
+                            atime=not mount.noatime,
+                        ) as files,
+                    ):
+                        links.opens, links.on_lost = files.opens, files.lose
+                        links.on_power_lost = files.power_lost
+                        yield Session(cluster.cluster_id, links, namespace, files, locks, engine)
+                except Exception as error:  # noqa: BLE001  raised below, where no nursery wraps it into a group
+                    failure = error
     if failure is not None:
         raise failure
 
@@ -436,6 +510,7 @@ async def open_cluster(
         yield FileSystem(
             session.namespace,
             session.files,
+            session.locks,
             os.geteuid() if uid is None else uid,
             os.getegid() if gid is None else gid,
         )

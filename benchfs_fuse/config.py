@@ -63,6 +63,8 @@ class MountSettings:
     )
     xattr: bool = _key(True, "serve extended attributes (and POSIX ACLs); off saves one trip per write")
     allow_other: bool = _key(_is_root, "let every user of this machine in; by default only if root mounts")
+    companion: bool = _key(True, "use the companion library, where it was built, for what pyfuse3 leaves out")
+    locks: bool = _key(True, "hold flock and fcntl locks over all mounts; off leaves them to the kernel of this one")
     noatime: bool = _key(False, "leave access times alone; otherwise they follow relatime")
     gather_bytes_max: int = _key(
         64 * MIB,
@@ -126,6 +128,7 @@ class UcxSettings:
     net_devices: str = _key(
         "", "network devices that UCX may use (UCX_NET_DEVICES); empty: all", pattern=r"\^?[0-9A-Za-z_.,:~-]*"
     )
+    public: bool = _key(False, "listen also at addresses that can be reached from the public internet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +235,12 @@ _CONTRADICTIONS: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
         lambda value: value == 0,
         "mount.gather_time_s",
         "nothing is gathered",
+    ),
+    (
+        "mount.companion",
+        lambda value: not value,
+        "mount.locks",
+        "locks are left to the kernel",
     ),
     (
         "ucx.tls",

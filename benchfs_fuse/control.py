@@ -7,23 +7,32 @@ client sends one line, a ``Question``; the process answers with lines, each a ``
     left     one report, without asking anybody: what is under way
     drain    flush everything; a report after every file
     layout   one report: where the chunks of inode ``ino`` lie
+    count    one report: what the mount and the daemons have counted
+    trace    record; a report when everybody does, then, when the client has shut its side down (shutdown(2)), reports
+             with what was recorded
 """
 
 import contextlib
 import hashlib
+import logging
 import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 import trio
 
 from .errors import UserError
+from .observe.durations import Counters, Durations
+from .observe.spans import Operation, Served
+from .observe.spans import Request as TracedRequest
 from .processes import ProcessId
 from .runtime import file_for, runtime_dir
+
+log = logging.getLogger(__name__)
 
 #: Longest line that is read: a question is short; a report grows with the daemons of a cluster.
 _LINE_MAX = 4 << 20
@@ -47,8 +56,10 @@ class MountRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Ask a mount process for something."""
 
-    command: Literal["status", "left", "drain", "layout"]
+    command: Literal["status", "left", "drain", "layout", "count", "trace"]
     ino: int = 0
+    #: How long to record at most.
+    seconds: float = 0.0
 
 
 class DaemonReport(msgspec.Struct, frozen=True):
@@ -86,6 +97,49 @@ class LayoutReport(msgspec.Struct, frozen=True):
     chunks: tuple[ChunkReport, ...]
 
 
+class DaemonCounts(msgspec.Struct, frozen=True):
+    """Say what one daemon has counted; see rpc.messages.StatisticsReply."""
+
+    daemon_id: int
+    uptime_s: float
+    operations: dict[str, Durations]
+    bytes_read: int
+    bytes_written: int
+    counters: Counters
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """Say what a mount has counted, and what its daemons have, those that answered.
+
+    ``time_s``: when (monotonic). ``absent_asked``: questions for attributes that hardly any file has, ``absent_known``:
+    how many of them were answered from memory. ``spins`` and ``sleeps``: calls answered without waiting, waits.
+    """
+
+    time_s: float
+    operations: dict[str, Durations]
+    bytes_read: int
+    bytes_written: int
+    in_flight: int
+    absent_asked: int
+    absent_known: int
+    spins: int
+    sleeps: int
+    daemons: tuple[DaemonCounts, ...]
+
+
+class TracePart(msgspec.Struct, frozen=True):
+    """Carry a part of what was recorded. ``recording``: everybody does, from now on; ``lost``: spans without room."""
+
+    recording: bool = False
+    operations: tuple[Operation, ...] = ()
+    requests: tuple[TracedRequest, ...] = ()
+    daemon: int = -1
+    served: tuple[Served, ...] = ()
+    lost: int = 0
+    #: Why a daemon's part is missing, for people.
+    trouble: str = ""
+
+
 class Report(msgspec.Struct, frozen=True):
     """Tell how a mount is. ``not_tuned``: what could not be set in the kernel, and what that costs."""
 
@@ -101,10 +155,27 @@ class Report(msgspec.Struct, frozen=True):
     layout: LayoutReport | None = None
     #: Why the question could not be answered, for people.
     trouble: str = ""
+    #: Ranges that are locked through this mount, and requests for locks that wait.
+    locks_held: int = 0
+    locks_waiting: int = 0
+    counts: Counts | None = None
+    trace: TracePart | None = None
+
+
+class Asker(Protocol):
+    """Be who has asked, for as long as the answer takes."""
+
+    async def send(self, report: Report) -> None:
+        """Send a report."""
+        ...
+
+    async def wait_shut(self) -> None:
+        """Wait until the client has shut its side of the connection down, or has gone."""
+        ...
 
 
 #: Answer a question by sending reports, the last one with ``done`` set.
-Answer = Callable[[Question, Callable[[Report], Awaitable[None]]], Awaitable[None]]
+Answer = Callable[[Question, Asker], Awaitable[None]]
 
 _encode = msgspec.json.Encoder().encode
 
@@ -148,10 +219,13 @@ def remove_record(mountpoint: Path) -> None:
     socket_file(mountpoint).unlink(missing_ok=True)
 
 
-def ask(record: MountRecord, question: Question, timeout_s: float) -> Iterator[Report]:
+def ask(
+    record: MountRecord, question: Question, timeout_s: float, meanwhile: Callable[[], None] | None = None
+) -> Iterator[Report]:
     """Ask a mount process; yield its reports. For synchronous programs.
 
-    ``timeout_s`` bounds the whole answer. UserError when the process does not answer, or not in time.
+    ``timeout_s`` bounds the whole answer. UserError when the process does not answer, or not in time. ``meanwhile`` is
+    called when a trace is being recorded; when it returns, or raises, the recording ends. Its time does not count.
     """
     deadline = time.monotonic() + timeout_s
     with socket.socket(socket.AF_UNIX) as connection:
@@ -162,6 +236,11 @@ def ask(record: MountRecord, question: Question, timeout_s: float) -> Iterator[R
             with connection.makefile("rb") as lines:
                 while line := lines.readline(_LINE_MAX):
                     report = msgspec.json.decode(line, type=Report)
+                    if meanwhile is not None and report.trace is not None and report.trace.recording:
+                        begun = time.monotonic()
+                        meanwhile()
+                        deadline += time.monotonic() - begun
+                        connection.shutdown(socket.SHUT_WR)
                     yield report
                     if report.done:
                         return
@@ -195,8 +274,20 @@ async def serve(
                 nursery.start_soon(_answer_one, trio.SocketStream(connection), answer)
 
 
+class _Asker:
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+
+    async def send(self, report: Report) -> None:
+        await self._stream.send_all(_encode(report) + b"\n")
+
+    async def wait_shut(self) -> None:
+        while await self._stream.receive_some():
+            pass
+
+
 async def _answer_one(stream: trio.SocketStream, answer: Answer) -> None:
-    """Answer one question. Whoever hangs up before the answer ends that answer, nothing else."""
+    """Answer one question. Whoever hangs up before the answer ends that answer; so does an error, which is logged."""
     async with stream:
         try:
             line = b""
@@ -208,6 +299,8 @@ async def _answer_one(stream: trio.SocketStream, answer: Answer) -> None:
                 question = msgspec.json.decode(line, type=Question)
             except msgspec.DecodeError:
                 return
-            await answer(question, lambda report: stream.send_all(_encode(report) + b"\n"))
+            await answer(question, _Asker(stream))
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
+        except* Exception:
+            log.exception("a question was not answered")

@@ -5,15 +5,18 @@ acknowledged is lost. Exit codes: 0 stopped, 1 refused with a sentence, 2 a wron
 """
 
 import argparse
+import errno
+import itertools
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,31 +24,50 @@ import trio
 
 from . import __version__, config
 from .chunks.disk import DiskChunkStore
+from .chunks.inspector import DiskInspector
 from .chunks.uring import Ring, probe_inline
 from .datadir import DataDir
 from .errors import Disconnected, UserError
 from .kv.rocks import RocksStore
+from .limits import BODY_MAX
 from .model import ClientId
-from .ports import ChunkStore, KeyValueStore, Peer
+from .observe.durations import Counters
+from .observe.seldom import Seldom
+from .ports import ChunkInspector, ChunkStore, KeyValueStore, Peer
 from .processes import identify, say_ready
 from .registry import DaemonEntry, Registry, boot_id
 from .rpc.client import Links
-from .rpc.messages import Body, Request, Status, StatusReply
+from .rpc.messages import (
+    Body,
+    Request,
+    SessionStatus,
+    Statistics,
+    StatisticsReply,
+    Status,
+    StatusReply,
+    encode,
+)
 from .rpc.network import Network
 from .rpc.server import Server
 from .rpc.ucx import UcxEngine
+from .scheduling import wish_short_slices
 from .services.calls import Call
 from .services.chunkserver import ChunkServer
-from .services.identity import open_store
+from .services.identity import open_store, power_losses
 from .services.metadata import MetadataService
 from .services.peers import ClusterPeers
 from .services.sessions import SessionTable
+from .services.tracing import TraceService
 
 log = logging.getLogger(__name__)
 
 #: An address of a network for documentation (RFC 5737): connecting a datagram socket to it sends nothing and tells
 #: which of our own addresses would be used towards other hosts.
 _SOMEWHERE = ("192.0.2.1", 9)
+#: How pidfd_open(2) says that no process has a number: none has, a thread does that is no process, or nothing could.
+_NO_PROCESS = (errno.ESRCH, errno.ENOENT, errno.EINVAL)
+#: Seconds for the registry to take our entry away. If it hangs, the entry stays, and is known for a dead one's.
+WITHDRAW_S = 2.0
 
 
 class DaemonOptions(NamedTuple):
@@ -59,26 +81,35 @@ class DaemonOptions(NamedTuple):
 
 
 class PidWatch:
-    """Watch a process of this host by its pidfd (pidfd_open(2)): an event, and no other process is taken for it."""
+    """Watch a process of this host by its pidfd (pidfd_open(2)): an event, and no other process is taken for it.
+
+    One that cannot be watched, for want of descriptors or of rights, does not end as far as is known: -1.
+    """
 
     def __init__(self, pidfd: int) -> None:
         self._pidfd = pidfd
 
     @classmethod
     def open(cls, pid: int) -> "PidWatch | None":
-        """Begin to watch; None if there is no such process in this pid namespace, or it cannot be watched."""
+        """Begin to watch; None if there is no such process in this pid namespace."""
         try:
             return cls(os.pidfd_open(pid))
-        except OSError:
-            return None
+        except OSError as error:
+            if error.errno in _NO_PROCESS:
+                return None
+            log.warning("cannot watch process %d: %s; if it dies, its lease tells", pid, error.strerror)
+            return cls(-1)
 
     async def wait_gone(self) -> None:
         """Wait until the process has ended."""
+        if self._pidfd < 0:
+            await trio.sleep_forever()
         await trio.lowlevel.wait_readable(self._pidfd)
 
     def close(self) -> None:
         """Stop watching."""
-        os.close(self._pidfd)
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
 
 
 async def serve(
@@ -86,11 +117,13 @@ async def serve(
     data: DataDir,
     store: KeyValueStore,
     chunks: ChunkStore,
+    inspector: ChunkInspector,
     network: Network,
     client_id: ClientId,
     *,
     incarnation: int,
     lease_s: float,
+    counters: Callable[[], Counters],
     on_ready: Callable[[DaemonEntry], None],
 ) -> None:
     """Serve the opened stores on a network until cancelled; ``on_ready`` is called when it begins."""
@@ -105,6 +138,7 @@ async def serve(
         map_version=shard_map.version,
         boot_id=boot_id(),
         open_process=PidWatch.open,
+        losses=power_losses(store),
     )
     server = Server(store, sessions, client_id)
     links = Links(
@@ -127,9 +161,12 @@ async def serve(
         peers=peers,
         clock=time.time_ns,
     )
-    chunk_server = ChunkServer(chunks)
+    chunk_server = ChunkServer(chunks, daemon_id, peers)
+    recounting = metadata.recounting(inspector)
 
     async def status(request: Request, call: Call) -> Body:
+        everybody = sessions.statuses()
+        listed = everybody[: _fitting(everybody)]
         return StatusReply(
             daemon_id,
             __version__,
@@ -139,24 +176,46 @@ async def serve(
             time.time() - started_s,
             sessions.grace,
             tuple(await chunks.usage()),
-            sessions.statuses(),
+            listed,
             metadata.orphans,
             metadata.to_drop,
             metadata.prepared,
             server.requests,
+            chunk_server.bytes_read,
+            chunk_server.bytes_written,
+            len(sessions.locks),
+            len(everybody) - len(listed),
+            recounting.pending,
         )
+
+    async def statistics(request: Request, call: Call) -> Body:
+        return StatisticsReply(
+            time.time() - started_s,
+            server.statistics.durations(),
+            chunk_server.bytes_read,
+            chunk_server.bytes_written,
+            counters(),
+        )
+
+    tracing = TraceService()
 
     async def review_after_grace() -> None:
         await sessions.wait_grace_over()
         metadata.grace_ended()
 
-    server.register(metadata.handlers(), metadata.handlers_now())
-    server.register({**chunk_server.handlers(), Status: status}, bulk=chunk_server.bulk())
+    server.register(metadata.handlers(), metadata.handlers_now(), wait_told=metadata.wait_told)
+    server.register(chunk_server.handlers(), bulk=chunk_server.bulk(), bulk_now=chunk_server.bulk_now())
+    server.register({**tracing.handlers(), Status: status, Statistics: statistics})
+    server.register(metadata.inspection(chunks, inspector).handlers())
+    server.register(recounting.handlers())
     metadata.recover()
+    recounting.recover()
+    await store.sync()
     async with trio.open_nursery() as nursery:
         await nursery.start(metadata.run)
         await nursery.start(server.run)
         nursery.start_soon(links.run)
+        nursery.start_soon(tracing.run)
         await nursery.start(sessions.run, metadata.session_ended, peers)
         nursery.start_soon(review_after_grace)
         process = identify(os.getpid())
@@ -181,7 +240,14 @@ async def serve(
             on_ready(entry)
             await trio.sleep_forever()
         finally:
-            registry.withdraw(entry)
+            with trio.move_on_after(WITHDRAW_S, shield=True):
+                await trio.to_thread.run_sync(registry.withdraw, entry, abandon_on_cancel=True)
+
+
+def _fitting(sessions: Sequence[SessionStatus]) -> int:
+    """Return how many sessions a StatusReply has room for: the rest of its body holds paths and counters."""
+    sizes = itertools.accumulate(len(encode(session)) for session in sessions)
+    return sum(size <= BODY_MAX // 2 for size in sizes)
 
 
 async def run_daemon(options: DaemonOptions) -> None:
@@ -192,7 +258,13 @@ async def run_daemon(options: DaemonOptions) -> None:
         store = RocksStore(data.path / "meta")
         try:
             incarnation = open_store(
-                store, cluster.cluster_id, data.daemon_id, cluster.shard_map, cluster.chunk_size, time.time_ns()
+                store,
+                cluster.cluster_id,
+                data.daemon_id,
+                cluster.shard_map,
+                cluster.chunk_size,
+                time.time_ns(),
+                boot_id(),
             )
 
             def announce(entry: DaemonEntry) -> None:
@@ -205,7 +277,7 @@ async def run_daemon(options: DaemonOptions) -> None:
                 )
                 say_ready(options.ready_fd)
 
-            async with open_chunks(data.path, store) as chunks:
+            async with open_chunks(data.path, store, data.daemon_id) as (chunks, ring):
                 client_id = ClientId(secrets.randbits(63))
                 peer = Peer(client_id, data.daemon_id, socket.gethostname(), os.getpid(), boot_id())
                 async with UcxEngine(
@@ -215,6 +287,7 @@ async def run_daemon(options: DaemonOptions) -> None:
                     host=settings.daemon.listen or host_address(),
                     tls=settings.ucx.tls or None,
                     net_devices=settings.ucx.net_devices or None,
+                    public=settings.ucx.public,
                     lease_s=settings.daemon.lease_s,
                     spin_us=settings.daemon.spin_us,
                 ) as network:
@@ -223,10 +296,12 @@ async def run_daemon(options: DaemonOptions) -> None:
                         data,
                         store,
                         chunks,
+                        DiskInspector(chunks),
                         network,
                         client_id,
                         incarnation=incarnation,
                         lease_s=settings.daemon.lease_s,
+                        counters=lambda: _count(network, chunks, ring),
                         on_ready=announce,
                     )
         finally:
@@ -234,8 +309,10 @@ async def run_daemon(options: DaemonOptions) -> None:
 
 
 @asynccontextmanager
-async def open_chunks(directory: Path, store: KeyValueStore) -> AsyncIterator[ChunkStore]:
-    """Open the chunk store of a data directory. UserError."""
+async def open_chunks(
+    directory: Path, store: KeyValueStore, daemon_id: int
+) -> AsyncIterator[tuple[DiskChunkStore, Ring]]:
+    """Open the chunk store of a daemon's data directory, and the ring that it works with. UserError."""
     try:
         probe = await probe_inline(directory)
         ring = Ring()
@@ -254,14 +331,31 @@ async def open_chunks(directory: Path, store: KeyValueStore) -> AsyncIterator[Ch
     chunks: DiskChunkStore | None = None
     try:
         async with trio.open_nursery() as nursery:
-            chunks = DiskChunkStore(directory, store, ring, nursery, **DiskChunkStore.plain_paths(probe))
-            yield chunks
+            paths = DiskChunkStore.plain_paths(probe)
+            chunks = DiskChunkStore(
+                directory, store, ring, nursery, name=f"daemon {daemon_id}", lost_power=power_losses(store) > 0, **paths
+            )
+            yield chunks, ring
             nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):
             if chunks is not None:
                 await chunks.aclose()
             await ring.aclose()
+
+
+def _count(network: UcxEngine, chunks: DiskChunkStore, ring: Ring) -> Counters:
+    messages, disk, operations = network.statistics(), chunks.statistics(), ring.statistics()
+    return Counters(
+        requests_in_flight=network.serving,
+        disk_in_flight=operations.in_flight,
+        disk_at_once=operations.at_once,
+        disk_waited=operations.waited,
+        disk_plain=disk.plain_reads + disk.plain_writes,
+        files_opened=disk.files_opened,
+        files_open=disk.files_open,
+        sleeps=messages.sleeps,
+    )
 
 
 def host_address() -> str:
@@ -307,14 +401,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
     try:
         settings = config.load(vars(given), os.environ)
+        wish_short_slices()
         options = DaemonOptions(given.registry_dir, given.data_dir, given.daemon_id, settings, given.ready_fd)
-        trio.run(_run_until_signalled, options)
+        with _own_rules():
+            trio.run(_run_until_signalled, options)
         code = 0
     except* UserError as group:
         error = _first(group)
         sys.stderr.write(f"benchfsd: {error}\n")
         code = error.exit_code
     return code
+
+
+@contextmanager
+def _own_rules() -> Iterator[None]:
+    """Set what holds for a whole process while a daemon runs in it."""
+    # Whatever it makes is its user's alone, wherever the data directory lies and whoever made that.
+    umask = os.umask(0o077)
+    # Connections take descriptors; the usual soft limit is for programs that use select(2).
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+    # What peers cause, they may cause again and again.
+    served, seldom = logging.getLogger(Server.__module__), Seldom()
+    served.addFilter(seldom)
+    try:
+        yield
+    finally:
+        served.removeFilter(seldom)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        os.umask(umask)
 
 
 def _first(group: BaseExceptionGroup[UserError]) -> UserError:

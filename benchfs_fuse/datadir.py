@@ -18,7 +18,7 @@ import msgspec
 from . import disk
 from .errors import UserError
 from .kernel_mounts import inside_benchfs
-from .registry import Claim, Registry, answers, read_file, write_file
+from .registry import Claim, Registry, answers, check_name, read_file, sync_directory, write_file
 
 #: What may lie in a directory that is taken for the first time: what mkfs makes, and what an attempt leaves.
 _HARMLESS = frozenset(("lost+found", "lock"))
@@ -33,6 +33,14 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     daemon_id: int | None
 
 
+def _make(path: Path) -> None:
+    """Make a directory and what is missing above it, on stable storage: what is synced in it would go with its name."""
+    if not path.is_dir():
+        _make(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
+        sync_directory(path.parent)
+
+
 class DataDir:
     """Hold a data directory for as long as the object is open (a context manager)."""
 
@@ -42,10 +50,11 @@ class DataDir:
         ``wanted`` insists on a number. UserError says what is wrong; nothing has been changed then.
         """
         self.path = path.absolute()
+        check_name(self.path, "data directory")
         if inside_benchfs(self.path):
             raise UserError(f"{self.path} lies in a benchfs mount: the data directory must be outside")
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make(self.path)
             strange = sorted({*os.listdir(self.path)} - _HARMLESS)
             if strange and "identity.json" not in strange:
                 raise UserError(

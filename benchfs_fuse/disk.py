@@ -18,10 +18,14 @@
     C       ino 8, chunk index 8              chunk table (chunks/table.py)
     G       sequence 8                        garbage: a chunk file that is to be removed (chunks/table.py)
 
+Numbers are unsigned and of 64 bits. Whatever else somebody asks for under a number is not there: Stale.
+
 ``FORMAT`` is raised by every change of a key or value; a daemon refuses a store with a newer one.
 """
 
 import struct
+
+from .errors import Stale
 
 FORMAT = 1
 
@@ -47,24 +51,31 @@ CHUNK = b"C"
 GARBAGE = b"G"
 
 
+def _pack(layout: struct.Struct, *numbers: int) -> bytes:
+    try:
+        return layout.pack(*numbers)
+    except struct.error:
+        raise Stale(f"nothing has the number {' or '.join(map(str, numbers))}") from None
+
+
 def key(prefix: bytes, number: int) -> bytes:
     """Join a prefix and one 64-bit number."""
-    return prefix + _U64.pack(number)
+    return prefix + _pack(_U64, number)
 
 
 def key2(prefix: bytes, first: int, second: int) -> bytes:
     """Join a prefix and two 64-bit numbers."""
-    return prefix + _U64_U64.pack(first, second)
+    return prefix + _pack(_U64_U64, first, second)
 
 
 def key_slot(prefix: bytes, number: int, slot: int) -> bytes:
     """Join a prefix, a 64-bit number and a 16-bit slot."""
-    return prefix + _U64_U16.pack(number, slot)
+    return prefix + _pack(_U64_U16, number, slot)
 
 
 def key_name(prefix: bytes, number: int, name: bytes) -> bytes:
     """Join a prefix, a 64-bit number and a name."""
-    return prefix + _U64.pack(number) + name
+    return prefix + _pack(_U64, number) + name
 
 
 def numbers(found: bytes) -> tuple[int, int]:

@@ -13,6 +13,8 @@ import platform
 import re
 import resource
 import shutil
+import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -23,8 +25,9 @@ import trio
 from rich.console import Console
 from rich.text import Text
 
-from . import __version__
+from . import __version__, companion, mountpoints
 from .limits import KIB, MIB
+from .rpc.addresses import public_devices
 
 #: What the kernel grants since 5.16 (MLOCK_LIMIT): less was configured by somebody.
 MEMLOCK_MIN = 8 * MIB
@@ -99,20 +102,27 @@ def check_fuse_device(device: Path = Path("/dev/fuse")) -> Finding:
 
 
 def check_fusermount(
-    find: Callable[[str], str | None] = shutil.which, config: Path = Path("/etc/fuse.conf"), euid: int | None = None
+    find: Callable[[str], str | None] = shutil.which,
+    config: Path = mountpoints.FUSE_CONFIG,
+    euid: int | None = None,
+    mtab: Path = Path("/etc/mtab"),
 ) -> Finding:
-    """Find the helper that mounts for ordinary users, and whether it lets them share what they mount."""
+    """Find the helper that mounts for ordinary users, and whether it lets them share and unmount what they mount."""
     is_root = (os.geteuid() if euid is None else euid) == 0
     path = find("fusermount3")
     if path is None:
         level: Level = "warn" if is_root else "fail"
         return Finding("fusermount3", level, "missing", "only root can mount", "install the package fuse3")
-    try:
-        allowed = re.search(r"^\s*user_allow_other\s*$", config.read_text(), re.MULTILINE) is not None
-    except OSError:
-        allowed = False
-    if allowed or is_root:
+    allowed = mountpoints.users_may_let_others_in(config)
+    if is_root:
         return Finding("fusermount3", "ok", f"{path}, user_allow_other {'set' if allowed else 'not set'}")
+    if not os.stat(path).st_mode & stat.S_ISUID:
+        return Finding("fusermount3", "fail", f"{path} is not setuid", "only root can mount", f"chmod u+s {path}")
+    if not mtab.exists():
+        remedy = f"as root: ln -s /proc/self/mounts {mtab}"
+        return Finding("fusermount3", "warn", f"{path}, but no {mtab}", "only root can unmount", remedy)
+    if allowed:
+        return Finding("fusermount3", "ok", f"{path}, user_allow_other set")
     return Finding(
         "fusermount3",
         "warn",
@@ -190,6 +200,23 @@ def check_ucx(listing: Callable[[], str] = list_ucx_transports) -> Finding:
             "allow process_vm_readv: kernel.yama.ptrace_scope, the container's seccomp profile",
         )
     return Finding("UCX", "ok", found)
+
+
+def check_public(listing: Callable[[], Mapping[str, str]] | None = None) -> Finding:
+    """Look for network devices with addresses of the public internet, which daemons and mounts do not use unasked."""
+    every = [name for _, name in socket.if_nameindex()]
+    public = public_devices(every) if listing is None else listing()
+    if not public:
+        return Finding("network", "ok", f"no address of the public internet on {', '.join(every)}")
+    return Finding(
+        "network",
+        "warn",
+        ", ".join(
+            f"{address} on {device} can be reached from the public internet" for device, address in public.items()
+        ),
+        "daemons and mounts that would listen there do not start; traffic is not encrypted",
+        "name other devices with --net-devices and --listen, or allow it with --public",
+    )
 
 
 def check_inline(data_dir: Path, probe: Callable[[Path], InlineProbe]) -> Finding:
@@ -273,6 +300,20 @@ def check_knobs(
     )
 
 
+def check_companion(directory: Path = companion.DIRECTORY) -> Finding:
+    """Find the companion library, which is built with the package where there is a compiler."""
+    library = companion.find(directory)
+    if library is not None and companion.is_current(library):
+        return Finding("companion library", "ok", "built")
+    return Finding(
+        "companion library",
+        "warn",
+        "not built" if library is None else "built from another version, and left out",
+        "no fallocate, holes, copies on the daemons, locks across mounts, default ACLs, kept caches, interrupts",
+        "install gcc, pkg-config and libfuse3-dev, then the package again",
+    )
+
+
 def check_packages(names: Iterable[str] = _PACKAGES) -> Finding:
     """List the versions of what this file system stands on."""
     versions = [f"benchfs-fuse {__version__}", f"Python {platform.python_version()}", f"Linux {platform.release()}"]
@@ -294,9 +335,11 @@ def findings(data_dir: Path, probe_inline: Callable[[Path], InlineProbe]) -> lis
         check_packages(),
         check_fuse_device(),
         check_fusermount(),
+        check_companion(),
         check_io_uring(),
         check_memlock(),
         check_ucx(),
+        check_public(),
         check_inline(data_dir, probe_inline),
         check_leftovers(),
         check_knobs(),

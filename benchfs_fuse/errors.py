@@ -152,12 +152,6 @@ class Busy(FsError):
     status, errno = 20, errno.EBUSY
 
 
-class ReadOnly(FsError):
-    """The mount is read-only (EROFS)."""
-
-    status, errno = 21, errno.EROFS
-
-
 class BadHandle(FsError):
     """The file handle is unknown or was not opened for this (EBADF)."""
 
@@ -227,6 +221,24 @@ class NoDevice(FsError):
     status, errno = 32, errno.ENXIO
 
 
+class WouldBlock(FsError):
+    """Somebody else has what the caller does not want to wait for (EAGAIN)."""
+
+    status, errno = 33, errno.EAGAIN
+
+
+class Deadlock(FsError):
+    """To wait for a lock would be to wait for oneself (EDEADLK)."""
+
+    status, errno = 34, errno.EDEADLK
+
+
+class NoLocks(FsError):
+    """The limit of locks was reached (ENOLCK)."""
+
+    status, errno = 35, errno.ENOLCK
+
+
 def _subclasses(cls: type[FsError]) -> list[type[FsError]]:
     found = []
     for sub in cls.__subclasses__():
@@ -245,6 +257,7 @@ BY_DISK_ERRNO: dict[int, type[FsError]] = {
     errno.EFBIG: FileTooLarge,
     errno.ENFILE: TooManyOpen,
     errno.EMFILE: TooManyOpen,
+    errno.EOPNOTSUPP: NotSupported,
 }
 
 

@@ -4,6 +4,12 @@ What the kernel may keep is decided here. Names and attributes carry a time-out.
 over a close and an open only if the file's *epoch* (services/known.py) is what it was when the data came: then nobody
 else changed the file. That is close-to-open.
 
+With the companion library (``companion``) the kernel drops data only when it is told to, so that writes of this mount
+leave the cache as it is. It is told when a file turns out to have changed elsewhere, after an append beside cached
+handles, and of changes whose caller was freed. Whoever opens the file, asks for its attributes or gets a lock is
+answered when that is done: a handle that came too early would be read from the old pages. Without the library, the
+kernel drops all data of a file whenever it sees another mtime.
+
 Appending handles bypass the kernel's cache (FOPEN_DIRECT_IO): the kernel would cache the bytes at the offset that it
 believes in, and the inode's daemon may have decided on another. For such files the kernel clears no set-ID bits and
 calls no fsync for O_SYNC; both are done here.
@@ -20,7 +26,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -28,17 +34,22 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
+from .callers import read_caller
+from .companion import ATIME_NOW, CAP_DONT_MASK, CAP_EXPLICIT_INVAL_DATA, MTIME_NOW, Companion
 from .errors import BadHandle, Exists, FsError, NoAttribute, NotADirectory, NotFound, NotSupported, Stale
-from .limits import MIB, NAME_MAX
-from .model import ROOT_INO, Attrs
+from .interrupts import Interrupts
+from .limits import MIB, NAME_MAX, TASKS_MAX
+from .model import ROOT_INO, Attrs, LockKind
+from .observe import recording
+from .observe.statistics import Statistics
+from .privileges import Who
 from .rpc.messages import TIME_NOW, TIME_OMIT
+from .services.file_locks import FileLocks
 from .services.files import Files, Handle
 from .services.namespace import Namespace, Page
 
 log = logging.getLogger(__name__)
 
-#: Requests of the kernel served at once. Each holds a place and, for writes, up to 1 MiB of memory in libfuse.
-TASKS_MAX = 512
 #: Tasks that stay while there is nothing to do: as many as a busy program keeps under way, so that none is made anew.
 TASKS_MIN = 8
 #: Longest read that the kernel asks for (256 pages: FUSE_MAX_MAX_PAGES of fs/fuse/fuse_i.h).
@@ -48,11 +59,23 @@ BUFFERS_MAX = 16
 #: Seconds that a file is kept for the kernel's second try to open it, and how often to look for one that can be kept.
 HOLD_S = 0.1
 HOLDS_MAX = 100
+#: Seconds for the kernel to take an answer: the caller has to wake up for that. Nobody waits for this.
+TAKEN_S = 0.05
 #: What st_blksize advises: the longest request, so that cp(1) and its kind need one request for each MiB.
 BLOCK_SIZE_ADVISED = MIB
 #: Unit of statvfs(3), and of st_blocks (inode(7)).
 SPACE_UNIT = 4096
 BLOCKS_UNIT = 512
+
+#: FUSE_WRITE of linux/fuse.h, and its flag for pages that the kernel writes back.
+OPCODE_WRITE = 16
+WRITE_CACHE = 1 << 0
+#: Stands for the ids of a caller of whom only the thread is known.
+UNKNOWN = -1
+#: Stands for the epoch of data of which the kernel may hold any: older than every other.
+ANY_EPOCH = -1
+#: Files whose data the kernel drops at once. Each takes a thread, until reads of it that are under way have ended.
+DROPS_MAX = 40
 
 CAPABILITY = b"security.capability"
 DEFAULT_ACL = b"system.posix_acl_default"
@@ -60,6 +83,7 @@ DEFAULT_ACL = b"system.posix_acl_default"
 #: that an inode has none is remembered for as long as its epoch lasts.
 _ASKED_OFTEN = frozenset({CAPABILITY, b"system.posix_acl_access", DEFAULT_ACL})
 
+T = TypeVar("T")
 H = TypeVar("H", bound=Callable[..., Coroutine[Any, Any, Any]])
 
 
@@ -84,14 +108,27 @@ def _leaves(group: ExceptionGroup[Exception]) -> Iterator[Exception]:
 
 
 def guarded(handler: H) -> H:
-    """Let nothing but FUSEError and cancellation out of a handler: anything else would end pyfuse3's main loop."""
+    """Let nothing but FUSEError and cancellation out of a handler: anything else would end pyfuse3's main loop.
+
+    Count what the handler does, and record it if somebody wants that.
+    """
+    name = handler.__name__
 
     @functools.wraps(handler)
-    async def run(*args: Any) -> Any:
+    async def run(operations: "BenchfsOperations", *args: Any) -> Any:
+        started_ns = time.perf_counter_ns()
+        recorder = recording.recorder
+        operation = recorder.begin_operation(name, *operations.asked()) if recorder is not None else None
+        error = 0
         try:
-            return await handler(*args)
-        except Exception as error:  # noqa: BLE001  the one place where everything is caught, and logged
-            raise FUSEError(errno_of(error, handler.__name__)) from None
+            return await handler(operations, *args)
+        except Exception as failure:  # noqa: BLE001  the one place where everything is caught, and logged
+            error = errno_of(failure, name)
+            raise FUSEError(error) from None
+        finally:
+            operations.statistics.add(name, started_ns)
+            if recorder is not None and operation is not None:
+                recorder.end_operation(operation, error)
 
     return cast(H, run)
 
@@ -99,14 +136,29 @@ def guarded(handler: H) -> H:
 class _Told:
     """Remember what the kernel was told about one inode that it holds; gone when it forgets the inode."""
 
-    __slots__ = ("absent", "absent_epoch", "attrs_epoch", "data_epoch", "gone", "place", "removed")
+    __slots__ = (
+        "absent",
+        "absent_epoch",
+        "attrs_epoch",
+        "data_epoch",
+        "drops",
+        "gone",
+        "permissions",
+        "place",
+        "removed",
+    )
 
     def __init__(self) -> None:
-        #: Epochs of the attributes that it has, and of the file data that it may have.
+        #: Epoch of the attributes that it has (0: unknown).
         self.attrs_epoch = 0
+        #: Epoch than which none of the file data that it has is older (0: it has none).
         self.data_epoch = 0
+        #: Times that it was told to drop the data.
+        self.drops = 0
         #: Extended attributes that the inode did not have in an epoch.
         self.absent: frozenset[bytes] = frozenset()
+        #: Mode, owner and group that it was told last.
+        self.permissions: tuple[int, int, int] | None = None
         self.absent_epoch = 0
         #: Directory and name that led the kernel to this inode last.
         self.place: tuple[int, bytes] | None = None
@@ -146,30 +198,71 @@ class BenchfsOperations(pyfuse3.Operations):
     enable_writeback_cache = False
 
     def __init__(
-        self, namespace: Namespace, files: Files, nursery: trio.Nursery, *, cache_timeout_s: float, xattr: bool
+        self,
+        namespace: Namespace,
+        files: Files,
+        nursery: trio.Nursery,
+        *,
+        cache_timeout_s: float,
+        xattr: bool,
+        companion: Companion | None = None,
+        interrupts: Interrupts | None = None,
+        locks: FileLocks | None = None,
     ) -> None:
         self._namespace = namespace
         self._files = files
         self._nursery = nursery
         self._cache_timeout_s = cache_timeout_s
         self._xattr = xattr
+        self._companion = companion
+        self._interrupts = interrupts
+        self._locks = locks
         self.enable_acl = xattr
         self._told: dict[int, _Told] = {}
         self._handles: dict[int, Handle] = {}
+        #: Who has locked through a handle: gives everything back when that is released.
+        self._owners: dict[int, set[tuple[int, LockKind]]] = {}
         self._listings: dict[int, _Listing] = {}
         self._last_fh = 0
         self._buffers: list[bytearray] = []
+        self._dropping = trio.CapacityLimiter(DROPS_MAX)
         #: What names stand for, for a moment, while the kernel looks them up again; see ``_hold``.
         self._held: dict[tuple[int, bytes], int] = {}
+        self.statistics = Statistics()
+        self.bytes_read = self.bytes_written = 0
+        #: Questions for attributes that hardly any file has, and how many were answered from memory.
+        self.absent_asked = self.absent_known = 0
+
+    def asked(self) -> tuple[int, int]:
+        """Return the kernel's name of the request that was handed over last, and when it was read; before any await."""
+        if self._companion is None:
+            return 0, 0
+        request = self._companion.request
+        return request.unique, request.received_ns
 
     # ── attributes and names ─────────────────────────────────────────────────────────────────────────────────────────
 
     def _entry(self, attrs: Attrs, place: tuple[int, bytes] | None = None) -> EntryAttributes:
         """Turn attributes into what the kernel is told, and remember that it was; ``place`` is what they answer."""
+        self._remember(attrs, place)
+        return self._shown(attrs)
+
+    def _remember(self, attrs: Attrs, place: tuple[int, bytes] | None) -> None:
+        """Remember that the kernel is told of an inode: it will say when it has forgotten that."""
         told = self._told_of(attrs.ino)
-        told.attrs_epoch = self._files.known.epoch(attrs.ino)
+        told.attrs_epoch = epoch = self._files.known.epoch(attrs.ino)
+        told.permissions = attrs.mode, attrs.uid, attrs.gid
+        if told.data_epoch not in (0, epoch, ANY_EPOCH):
+            if self._granted(CAP_EXPLICIT_INVAL_DATA):
+                told.data_epoch = ANY_EPOCH
+                self._nursery.start_soon(self._drop_later, attrs.ino)
+            else:
+                told.data_epoch = 0
         if place is not None:
             told.place = place
+
+    def _shown(self, attrs: Attrs) -> EntryAttributes:
+        """Turn attributes into what the kernel takes."""
         entry = EntryAttributes()
         entry.st_ino = attrs.ino
         entry.generation = attrs.generation
@@ -186,6 +279,40 @@ class BenchfsOperations(pyfuse3.Operations):
         entry.st_mtime_ns = attrs.mtime_ns
         entry.st_ctime_ns = attrs.ctime_ns
         return entry
+
+    def _granted(self, capability: int) -> bool:
+        return self._companion is not None and bool(self._companion.granted & capability)
+
+    async def _renewed(self, attrs: Attrs) -> Attrs:
+        """Return attributes when the kernel has dropped data that changed elsewhere: it does not find out by itself."""
+        told = self._told.get(attrs.ino)
+        if (
+            told is not None
+            and told.data_epoch not in (0, self._files.known.epoch(attrs.ino))
+            and self._granted(CAP_EXPLICIT_INVAL_DATA)
+        ):
+            await self._drop_data(attrs.ino)
+            return self._files.known.get(attrs.ino) or attrs
+        return attrs
+
+    async def _drop_data(self, ino: int) -> None:
+        """Have the kernel drop what it cached of a file.
+
+        In a thread: the kernel waits for requests under way, which may need this event loop. Whoever is interrupted in
+        waiting for this leaves the data in doubt.
+        """
+        told, epoch = self._told_of(ino), self._files.known.epoch(ino)
+        told.data_epoch = ANY_EPOCH
+        told.drops += 1
+        drop = told.drops
+        await trio.to_thread.run_sync(_invalidate_data, ino, abandon_on_cancel=True, limiter=self._dropping)
+        if told.drops == drop:
+            told.data_epoch = epoch
+
+    async def _drop_later(self, ino: int) -> None:
+        """Have the kernel drop data when it has taken the answer that is being given."""
+        await trio.sleep(TAKEN_S)
+        await self._drop_data(ino)
 
     def _told_of(self, ino: int) -> _Told:
         told = self._told.get(ino)
@@ -213,7 +340,7 @@ class BenchfsOperations(pyfuse3.Operations):
             self._check_gone(parent_inode)
             self._told_of(parent_inode).gone = True
             raise
-        return self._entry(await self._files.fresh(attrs), place)
+        return self._entry(await self._renewed(await self._files.fresh(attrs)), place)
 
     def _check_gone(self, parent: int) -> None:
         """Raise NotFound for a name in a directory of which the kernel knows already that it was removed.
@@ -229,18 +356,35 @@ class BenchfsOperations(pyfuse3.Operations):
         """Forget what the kernel has forgotten. Raises nothing.
 
         The counts are left alone: to forget an inode too early costs a cache, and the next answer remembers it again.
+        But an open file stays known: the kernel has its data, and will have to be told to drop it.
         """
         for ino, _ in inode_list:
-            self._told.pop(ino, None)
+            if not self._files.is_open(ino):
+                self._told.pop(ino, None)
 
     @guarded
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
-        """Return attributes; of what we removed and somebody still stands in, the last ones, with no link."""
+        """Return attributes; of what we removed and somebody still stands in, the last ones, with no link.
+
+        Data that changed elsewhere is dropped before the answer, so that nobody reads it who has seen the new size. But
+        an answer that a notification has overtaken is shown by the kernel and not taken. Where permissions changed too
+        it has to be taken, since the kernel asks in order to check them: there the data is dropped behind the answer.
+
+        The kernel forgets what a directory is like whenever it changes something in it, though the answer to that said
+        so: what a daemon has said within the time-out is good for the rest of it.
+        """
+        known, age_s = self._files.known.get(inode), self._files.known.age_s(inode)
+        told = self._told_of(inode)
+        if known is not None and known.is_dir and age_s < self._cache_timeout_s and told.removed is None:
+            entry = self._entry(known)
+            entry.attr_timeout = self._cache_timeout_s - age_s
+            return entry
         try:
             attrs = await self._files.getattr(inode)
+            if told.permissions in (None, (attrs.mode, attrs.uid, attrs.gid)):
+                attrs = await self._renewed(attrs)
         except Stale:
-            told = self._told.get(inode)
-            if told is None or told.removed is None:
+            if told.removed is None:
                 raise
             attrs = told.removed
         return self._entry(attrs)
@@ -249,39 +393,49 @@ class BenchfsOperations(pyfuse3.Operations):
     async def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
-        """Change attributes. UTIME_NOW comes as a time of this machine: pyfuse3 does not tell it from others.
+        """Change attributes. UTIME_NOW is the daemon's now, as the companion tells it from other times.
 
         ftruncate(2), which has a handle, always sets the times; truncate(2) only if the size changes.
         """
+        flags = self._companion.request.flags if self._companion is not None else 0
         mode = stat.S_IMODE(attr.st_mode) if fields.update_mode else None
         uid = attr.st_uid if fields.update_uid else None
         gid = attr.st_gid if fields.update_gid else None
         size = attr.st_size if fields.update_size else None
-        atime_ns = attr.st_atime_ns if fields.update_atime else TIME_OMIT
-        mtime_ns = TIME_OMIT
+        atime_ns = mtime_ns = TIME_OMIT
+        if fields.update_atime:
+            atime_ns = TIME_NOW if flags & ATIME_NOW else attr.st_atime_ns
         if fields.update_mtime:
-            mtime_ns = attr.st_mtime_ns
+            mtime_ns = TIME_NOW if flags & MTIME_NOW else attr.st_mtime_ns
         elif size is not None and fh is not None:
             mtime_ns = TIME_NOW
+        change = self._files.setattr(
+            inode, mode=mode, uid=uid, gid=gid, size=size, atime_ns=atime_ns, mtime_ns=mtime_ns, who=_caller(ctx)
+        )
         try:
-            attrs = await self._files.setattr(
-                inode, mode=mode, uid=uid, gid=gid, size=size, atime_ns=atime_ns, mtime_ns=mtime_ns
-            )
+            attrs = await (self._watched(change, inode) if size is not None else change)
         except Stale:
-            attrs = self._change_removed(inode, mode, uid, gid)
+            attrs = self._change_removed(inode, mode, uid, gid, atime_ns, mtime_ns)
         return self._entry(attrs)
 
-    def _change_removed(self, ino: int, mode: int | None, uid: int | None, gid: int | None) -> Attrs:
-        """Change owner and permissions of what we removed and somebody still stands in or holds (a FIFO). Stale."""
+    def _change_removed(
+        self, ino: int, mode: int | None, uid: int | None, gid: int | None, atime_ns: int, mtime_ns: int
+    ) -> Attrs:
+        """Change the attributes of what we removed and somebody still stands in or holds (a FIFO). Stale."""
         told = self._told.get(ino)
         if told is None or told.removed is None:
             raise Stale(f"inode {ino}")
         old = told.removed
+        now_ns = time.time_ns()
+        times = {TIME_OMIT: (old.atime_ns, old.mtime_ns), TIME_NOW: (now_ns, now_ns)}
         told.removed = msgspec.structs.replace(
             old,
             mode=old.mode if mode is None else stat.S_IFMT(old.mode) | mode,
             uid=old.uid if uid is None else uid,
             gid=old.gid if gid is None else gid,
+            atime_ns=times[atime_ns][0] if atime_ns in times else atime_ns,
+            mtime_ns=times[mtime_ns][1] if mtime_ns in times else mtime_ns,
+            ctime_ns=now_ns,
         )
         return told.removed
 
@@ -296,16 +450,18 @@ class BenchfsOperations(pyfuse3.Operations):
         self, parent: int, name: bytes, mode: int, ctx: RequestContext, *, rdev: int = 0, target: bytes = b""
     ) -> EntryAttributes:
         self._check_gone(parent)
-        attrs = await self._namespace.make(parent, name, mode, ctx.uid, ctx.gid, rdev=rdev, target=target)
+        umask = 0 if target else self._umask(ctx)
+        attrs = await self._namespace.make(parent, name, mode, ctx.uid, ctx.gid, rdev=rdev, target=target, umask=umask)
         return self._new(parent, name, self._files.known.see(attrs))
 
+    def _umask(self, ctx: RequestContext) -> int:
+        """Return what is left to the daemon to take from a mode, which knows whether a default ACL goes first."""
+        return ctx.umask & 0o777 if self._granted(CAP_DONT_MASK) else 0
+
     def _new(self, parent: int, name: bytes, attrs: Attrs) -> EntryAttributes:
-        """Tell of an inode that was just made here: it has no extended attributes."""
+        """Tell of an inode that was just made here."""
         self._changed(parent)
-        entry = self._entry(attrs, (parent, name))
-        told = self._told_of(attrs.ino)
-        told.absent, told.absent_epoch = _ASKED_OFTEN, self._files.known.epoch(attrs.ino)
-        return entry
+        return self._entry(attrs, (parent, name))
 
     @guarded
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
@@ -334,6 +490,7 @@ class BenchfsOperations(pyfuse3.Operations):
 
     def _removed(self, parent: int, ino: int) -> None:
         self._changed(parent)
+        self._files.known.change(ino, None)
         told, attrs = self._told.get(ino), self._files.known.get(ino)
         if told is not None and attrs is not None:
             told.removed = msgspec.structs.replace(attrs, nlink=0, ctime_ns=time.time_ns())
@@ -371,21 +528,58 @@ class BenchfsOperations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a file. One that has vanished answers ESTALE: the kernel then looks the name up again, once."""
         told = self._told_of(inode)
+        truncated = inode if flags & os.O_TRUNC else 0
         try:
-            handle = await self._files.open(inode, flags, ctx.uid)
+            handle = await self._taken(self._open(inode, flags, _caller(ctx)), self._files.release, truncated)
         except Stale:
             if told.place is not None and told.removed is None:
                 await self._hold(told.place)
             raise
+        told = self._told_of(inode)
         if told.place is not None and self._held.get(told.place) == inode:
             del self._held[told.place]
         epoch = self._files.known.epoch(inode)
         if told.attrs_epoch != epoch:
             _invalidate_attrs(inode)
             told.attrs_epoch = epoch
-        keep_cache = told.data_epoch == epoch
-        told.data_epoch = epoch
+        if not self._granted(CAP_EXPLICIT_INVAL_DATA):
+            keep_cache = told.data_epoch == epoch and not handle.append
+            told.data_epoch = 0 if handle.append else epoch
+        else:
+            keep_cache = told.data_epoch == epoch
+            if told.data_epoch == 0 and not handle.append:
+                told.data_epoch = epoch
         return self._file_info(handle, keep_cache)
+
+    async def _open(self, ino: int, flags: int, who: Who) -> Handle:
+        """Open a file and have the kernel drop data that has changed elsewhere.
+
+        It would do so by itself if it was told not to keep it, but after another open may have been answered.
+        """
+        handle = await self._files.open(ino, flags, who)
+        await self._renewed(handle.node.attrs)
+        return handle
+
+    async def _taken(self, opening: Awaitable[T], give_back: Callable[[T], Awaitable[None]], changed: int = 0) -> T:
+        """Wait for what a request opens, before any other await; give it back if the caller was freed meanwhile.
+
+        The answer, which nobody waits for, is EINTR then, and the kernel drops its data of the inode ``changed``.
+        Otherwise it has to be given in the same step.
+        """
+        if self._interrupts is None:
+            return await opening
+        unique = self._interrupts.begin()
+        try:
+            opened = await opening
+        except BaseException:
+            self._interrupts.end(unique)
+            raise
+        if not self._interrupts.end(unique):
+            if changed:
+                self.invalidate_data(changed)
+            await give_back(opened)
+            raise FUSEError(errno.EINTR)
+        return opened
 
     async def _hold(self, place: tuple[int, bytes]) -> None:
         """Keep the file that a name stands for now, for as long as the kernel takes to come back for it.
@@ -423,14 +617,15 @@ class BenchfsOperations(pyfuse3.Operations):
         ESTALE has it look the name up and open what it finds.
         """
         self._check_gone(parent_inode)
+        creation = self._files.create(parent_inode, name, mode, ctx.uid, ctx.gid, flags, self._umask(ctx))
         try:
-            handle = await self._files.create(parent_inode, name, mode, ctx.uid, ctx.gid, flags)
+            handle = await self._taken(creation, self._files.release)
         except Exists:
             if flags & os.O_EXCL:
                 raise
             raise Stale("made elsewhere meanwhile") from None
         entry = self._new(parent_inode, name, handle.node.attrs)
-        self._told_of(handle.ino).data_epoch = self._files.known.epoch(handle.ino)
+        self._told_of(handle.ino).data_epoch = 0 if handle.append else self._files.known.epoch(handle.ino)
         return self._file_info(handle, keep_cache=True), entry
 
     def _file_info(self, handle: Handle, keep_cache: bool) -> FileInfo:
@@ -438,7 +633,8 @@ class BenchfsOperations(pyfuse3.Operations):
         self._handles[self._last_fh] = handle
         return FileInfo(fh=self._last_fh, direct_io=handle.append, keep_cache=keep_cache)
 
-    def _handle(self, fh: int) -> Handle:
+    def handle(self, fh: int) -> Handle:
+        """Return an open file. BadHandle."""
         handle = self._handles.get(fh)
         if handle is None:
             raise BadHandle(f"file handle {fh}")
@@ -451,47 +647,124 @@ class BenchfsOperations(pyfuse3.Operations):
         pyfuse3 copies the answer out in the same step in which this returns (fuse_read_async of its handlers.pxi does
         not await in between), so no other request can get hold of the buffer before.
         """
-        handle = self._handle(fh)
+        handle = self.handle(fh)
         buffer = self._buffers.pop() if self._buffers and size <= READ_MAX else bytearray(max(size, READ_MAX))
         view = memoryview(buffer)[:size]
-        length = await self._files.read(handle, off, view)
+        length = await self._watched(self._files.read(handle, off, view))
         if len(buffer) == READ_MAX and len(self._buffers) < BUFFERS_MAX:
             self._buffers.append(buffer)
+        self.bytes_read += length
         return cast(bytes, view[:length])  # any buffer will do
 
     @guarded
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """Write all of ``buf``."""
-        handle = self._handle(fh)
+        handle, who = self.handle(fh), self.caller()
+        self.bytes_written += len(buf)
         if not handle.append:
-            return await self._files.write(handle, off, buf)
-        await self._files.drop_privileges(handle)
-        length = await self._files.write(handle, off, buf)
+            return await self._watched(self._files.write(handle, off, buf, who), handle.ino)
+        return await self._watched(self._append(handle, buf, who), handle.ino)
+
+    def caller(self) -> Who | None:
+        """Return who sent the request that was handed over last; before any await.
+
+        None: nobody tells, without the companion library; or the kernel writes pages that were changed by mapping.
+        """
+        if self._companion is None:
+            return None
+        request = self._companion.request
+        if request.opcode == OPCODE_WRITE and request.flags & WRITE_CACHE:
+            return None
+        return functools.partial(read_caller, self._companion.pid_of(request.unique), UNKNOWN, UNKNOWN)
+
+    async def _append(self, handle: Handle, buf: bytes, who: Who | None) -> int:
+        if who is None:
+            await self._files.drop_privileges(handle)
+        try:
+            length = await self._files.write(handle, 0, buf, who)
+        finally:
+            await self._drop_tail(handle)
         if handle.syncs:
             await self._files.fsync(handle)
         return length
 
+    async def _drop_tail(self, handle: Handle) -> None:
+        """Have the kernel drop data beside which bytes were appended: the last page may hold zeros in their place."""
+        told = self._told_of(handle.ino)
+        others = not all(other.append for other in handle.node.handles)
+        if self._granted(CAP_EXPLICIT_INVAL_DATA) and (told.data_epoch or others):
+            await self._drop_data(handle.ino)
+
     @guarded
     async def flush(self, fh: int) -> None:
-        """Do what close(2) promises."""
-        await self._files.flush(self._handle(fh))
+        """Do what close(2) promises; the caller's POSIX locks of the file go (fcntl(2)), behind what he has written."""
+        owner = self._companion.request.lock_owner if self._companion is not None else 0
+        await self._watched(self._flush(self.handle(fh), owner))
+
+    async def _flush(self, handle: Handle, owner: int) -> None:
+        try:
+            await self._files.flush(handle)
+        finally:
+            if self._locks is not None:
+                await self._locks.drop(handle.ino, owner, LockKind.POSIX)
+
+    async def _watched(self, work: Awaitable[T], changed: int = 0) -> T:
+        """Wait for what a request does, and let its caller die meanwhile; before any other await.
+
+        If the caller was freed, the kernel does not know what became of the data of the inode ``changed``: it drops it.
+        """
+        if self._interrupts is None:
+            return await work
+        unique = self._interrupts.begin(watch=True)
+        try:
+            return await work
+        finally:
+            if not self._interrupts.end(unique) and changed:
+                self.invalidate_data(changed)
 
     @guarded
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Bring a file to stable storage; its size is needed to read it, so ``datasync`` saves nothing."""
-        await self._files.fsync(self._handle(fh))
+        await self._files.fsync(self.handle(fh))
 
     @guarded
     async def release(self, fh: int) -> None:
-        """Give a handle back."""
-        await self._files.release(self._handles.pop(fh))
+        """Give a handle back, and all locks that were taken through it."""
+        handle = self._handles.pop(fh)
+        owners = self._owners.pop(fh, set())
+        try:
+            if self._locks is not None and owners:
+                await self._files.settle(handle)
+                for owner, kind in owners:
+                    await self._locks.drop(handle.ino, owner, kind)
+        finally:
+            await self._files.release(handle)
+
+    def note_owner(self, fh: int, owner: int, kind: LockKind) -> None:
+        """Take note of who is about to lock through a handle. BadHandle."""
+        self.handle(fh)
+        self._owners.setdefault(fh, set()).add((owner, kind))
+
+    async def revalidate(self, ino: int) -> None:
+        """Have the kernel drop what it knows of a file if that changed elsewhere: its lock was taken."""
+        told = self._told_of(ino)
+        try:
+            await self._files.getattr(ino)
+        except FsError as error:  # the lock is there; what cannot be asked has changed
+            log.info("inode %d: not known whether it changed elsewhere: %s", ino, error)
+            told.data_epoch = ANY_EPOCH
+        epoch = self._files.known.epoch(ino)
+        if told.data_epoch != epoch:
+            await self._drop_data(ino)
+            told.attrs_epoch = 0
+        elif told.attrs_epoch != epoch:
+            told.attrs_epoch = epoch
+            _invalidate_attrs(ino)
 
     def invalidate_data(self, ino: int) -> None:
-        """Have the kernel drop what it cached of a file: bytes that it holds were not written.
-
-        In a thread: the kernel waits for requests under way, which may need this event loop.
-        """
-        self._nursery.start_soon(functools.partial(_run_in_thread, _invalidate_data, ino))
+        """Have the kernel drop, soon, what it cached of a file: bytes that it holds were not written, or are old."""
+        self._told_of(ino).data_epoch = ANY_EPOCH
+        self._nursery.start_soon(self._drop_data, ino)
 
     # ── directories ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -499,7 +772,7 @@ class BenchfsOperations(pyfuse3.Operations):
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
         """Open a directory and fetch its first page: that it is there is seen here, where ESTALE helps the kernel."""
         listing = _Listing(inode)
-        await self._fetch(listing, 0)
+        await self._taken(self._fetch(listing, 0), _nothing)
         self._last_fh += 1
         self._listings[self._last_fh] = listing
         return self._last_fh
@@ -535,9 +808,9 @@ class BenchfsOperations(pyfuse3.Operations):
                     continue
                 assert entry.attrs is not None, "the name space fills in all attributes"
                 attrs = await self._files.fresh(entry.attrs)
-                shown = self._entry(attrs, (listing.ino, entry.name))
-                if not pyfuse3.readdir_reply(token, entry.name, shown, entry.cookie):
+                if not pyfuse3.readdir_reply(token, entry.name, self._shown(attrs), entry.cookie):
                     return
+                self._remember(attrs, (listing.ino, entry.name))
             if page.end:
                 return
             start_id = page.cookie
@@ -580,10 +853,16 @@ class BenchfsOperations(pyfuse3.Operations):
         self._check_xattr()
         if name not in _ASKED_OFTEN:
             return await self._getxattr(inode, name)
+        self.absent_asked += 1
+        attrs = self._files.known.get(inode)
+        if attrs is not None and not attrs.xattrs:
+            self.absent_known += 1
+            raise NoAttribute(str(name))
         told, epoch = self._told_of(inode), self._files.known.epoch(inode)
         if told.absent_epoch != epoch:
             told.absent, told.absent_epoch = frozenset(), epoch
         if name in told.absent and epoch:
+            self.absent_known += 1
             raise NoAttribute(str(name))
         try:
             return await self._getxattr(inode, name)
@@ -620,10 +899,15 @@ class BenchfsOperations(pyfuse3.Operations):
     @guarded
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         """Set an extended attribute; pyfuse3 has dealt with XATTR_CREATE and XATTR_REPLACE."""
+        await self.set_xattr(inode, name, value, 0, _caller(ctx))
+
+    async def set_xattr(self, ino: int, name: bytes, value: bytes, flags: int, who: Who | None) -> None:
+        """Set an extended attribute, ``flags`` as in setxattr(2). A default ACL needs the daemon to know the umask."""
         self._check_xattr()
-        if name == DEFAULT_ACL:
+        if name == DEFAULT_ACL and not self._granted(CAP_DONT_MASK):
             raise NotSupported("default ACLs")
-        self._files.known.see(await self._namespace.setxattr(inode, name, value))  # a new epoch: it is not absent now
+        await self._files.setxattr(ino, name, value, flags, who)
+        self._told_of(ino).absent = frozenset()
 
     @guarded
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -634,6 +918,14 @@ class BenchfsOperations(pyfuse3.Operations):
     def _check_xattr(self) -> None:
         if not self._xattr:
             raise FUSEError(errno.ENOSYS)
+
+
+async def _nothing(page: Page) -> None:
+    """Give back what takes no place anywhere."""
+
+
+def _caller(ctx: RequestContext) -> Who:
+    return functools.partial(read_caller, ctx.pid, ctx.uid, ctx.gid)
 
 
 def _dot(ino: int) -> EntryAttributes:
@@ -662,11 +954,7 @@ def _ignore_missing(notify: Callable[[], None]) -> None:
             log.warning("the kernel did not take a notification: %s", error)
 
 
-async def _run_in_thread(function: Callable[..., Any], *args: object) -> None:
-    await trio.to_thread.run_sync(function, *args, abandon_on_cancel=True)
-
-
-def mount(operations: BenchfsOperations, mountpoint: str, options: Sequence[str]) -> None:
+def mount(operations: pyfuse3.Operations, mountpoint: str, options: Sequence[str]) -> None:
     """Mount: from here on requests queue up. One mount in one process (libfuse's session is a global of pyfuse3).
 
     RuntimeError when the kernel or fusermount3 refuses; the reason went to stderr.

@@ -39,6 +39,9 @@ class KernelMount(NamedTuple):
     minor: int
     #: Who mounted it, for FUSE.
     user: int | None = None
+    #: The device as the kernel names it, "major:minor", and all options, of the mount and of its file system.
+    device: str = ""
+    options: str = ""
 
 
 def _unescape(field: bytes) -> str:
@@ -60,6 +63,8 @@ def mounts() -> list[KernelMount]:
                 _unescape(tail[1]),
                 minor,
                 int(user[1]) if user is not None else None,
+                fields[2].decode(),
+                ",".join(dict.fromkeys(f"{fields[5].decode()},{tail[-1].decode(errors='replace')}".split(","))),
             )
         )
     return found
@@ -68,9 +73,13 @@ def mounts() -> list[KernelMount]:
 def plain_path(path: Path) -> Path:
     """Make a path absolute and free of symbolic links without asking what may be mounted at it, which may hang.
 
-    readlink(2) of a directory is answered by the kernel alone; a stat of it is not.
+    readlink(2) of a directory is answered by the kernel alone; a stat of it is not. UserError: nobody knows where a
+    relative path starts.
     """
-    absolute = Path(os.path.abspath(path))
+    try:
+        absolute = Path(os.path.abspath(path))
+    except FileNotFoundError:
+        raise UserError(f"the current directory has gone: give the whole path of {path}") from None
     for _ in range(_SYMLINKS_MAX):
         if absolute == absolute.parent:
             break

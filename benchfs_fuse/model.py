@@ -5,17 +5,25 @@ made it gave (services/inodes.py). Counters are never reused, so neither are ino
 0, counter 1: number 1, as FUSE wants it.
 """
 
+import enum
 import stat
-from typing import NamedTuple, NewType
+from typing import Annotated, NamedTuple, NewType
 
 import msgspec
 
-from .limits import SHARDS
+from .limits import CHUNK_SIZE_MAX, CHUNK_SIZE_MIN, DAEMONS_MAX, SHARDS
 
 Ino = NewType("Ino", int)
 DaemonId = NewType("DaemonId", int)
 #: Identity of one running client (a mount process, a daemon as a peer, a tool): 63 random bits made at its start.
 ClientId = NewType("ClientId", int)
+
+#: Numbers that come from peers, as they are checked where messages are decoded: what is counted, and what Linux gives
+#: 16, 32 and 64 bits.
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Mode = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
+Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+TimeNs = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 SHARD_SHIFT = 48
 COUNTER_MASK = (1 << SHARD_SHIFT) - 1
@@ -33,11 +41,34 @@ def shard_of(ino: int) -> int:
     return ino >> SHARD_SHIFT
 
 
+#: No inode has this number or a larger one.
+INO_END = SHARDS << SHARD_SHIFT
+
+
 class ChunkId(NamedTuple):
     """Name one chunk: the ``index``-th piece of ``chunk_size`` bytes of the file ``ino``."""
 
     ino: int
     index: int  # type: ignore[assignment]  # shadows tuple.index, which nobody needs here
+
+
+class LockKind(enum.IntEnum):
+    """Tell the two kinds of advisory locks apart, which do not see each other: fcntl(2)'s and flock(2)'s."""
+
+    POSIX = 0
+    FLOCK = 1
+
+
+class LockType(enum.IntEnum):
+    """Say what a lock shares: F_RDLCK, F_WRLCK and F_UNLCK of fcntl(2)."""
+
+    READ = 0
+    WRITE = 1
+    UNLOCK = 2
+
+
+#: Last byte of a lock that reaches to the end of the file, however far that moves: OFFSET_MAX of Linux.
+LOCK_END = (1 << 63) - 1
 
 
 class Attrs(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -46,24 +77,26 @@ class Attrs(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=
     ``allocated`` counts the bytes of chunks on all daemons. ``version`` grows with every change of data or attributes:
     two equal versions mean that cached data and attributes are still right. ``parent`` is set for directories
     only (0 otherwise). ``chunk_size`` and ``width`` are the file's layout, for a directory what new files inherit.
+    ``xattrs`` tells whether there are extended attributes, ACLs included.
     """
 
     ino: int
-    generation: int
-    mode: int
-    nlink: int
-    uid: int
-    gid: int
-    rdev: int
-    size: int
-    allocated: int
-    atime_ns: int
-    mtime_ns: int
-    ctime_ns: int
-    version: int
-    chunk_size: int
-    width: int
+    generation: Count
+    mode: Mode
+    nlink: Count
+    uid: Id
+    gid: Id
+    rdev: Count
+    size: Count
+    allocated: Count
+    atime_ns: TimeNs
+    mtime_ns: TimeNs
+    ctime_ns: TimeNs
+    version: Count
+    chunk_size: Annotated[int, msgspec.Meta(ge=CHUNK_SIZE_MIN, le=CHUNK_SIZE_MAX)]
+    width: Annotated[int, msgspec.Meta(ge=1, le=DAEMONS_MAX)]
     parent: int
+    xattrs: bool = False
 
     @property
     def is_dir(self) -> bool:
@@ -95,6 +128,14 @@ class DirEntry(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fiel
     ino: int
     kind: int
     attrs: Attrs | None
+
+
+class DataRange(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """Name ``length`` bytes at ``offset`` of chunk ``index`` that have space of their own: anything but a hole."""
+
+    index: int
+    offset: int
+    length: int
 
 
 class DiskUsage(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):

@@ -13,19 +13,25 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import trio
 
-from . import __version__, config, control, fuse, kernel_mounts, mountpoints
+from . import __version__, companion, config, control, kernel_mounts, mountpoints, telling
 from .client import Session, open_session
 from .errors import FsError, UserError
-from .processes import identify, say_ready
+from .interrupts import Interrupts, hush
+from .limits import KIB
+from .processes import identify, is_dying, say_ready
 from .rpc.messages import StatusReply
+from .scheduling import wish_short_slices
 from .services.parallel import each
+
+if TYPE_CHECKING:
+    from . import fuse  # imports pyfuse3, before which the companion library has to be loaded
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +41,11 @@ MAX_BACKGROUND = 256
 CONGESTION_THRESHOLD = 192
 #: Readahead in KiB: the longest request. The default makes requests of 128 KiB.
 READ_AHEAD_KB = 1024
+#: Capabilities that the companion library asks for and gives up. Splicing requests costs two more system calls each,
+#: and pyfuse3 copies them out of the pipe anyhow.
+WANT = companion.CAP_EXPLICIT_INVAL_DATA | companion.CAP_PARALLEL_DIROPS | companion.CAP_DONT_MASK
+LOCKS = companion.CAP_POSIX_LOCKS | companion.CAP_FLOCK_LOCKS
+UNWANTED = companion.CAP_AUTO_INVAL_DATA | companion.CAP_SPLICE_READ
 #: Seconds that a daemon has to answer when somebody wants to know how it is.
 STATUS_TIMEOUT_S = 2.0
 
@@ -50,16 +61,20 @@ class MountOptions(NamedTuple):
     ready_fd: int | None = None
 
 
-def tune_kernel(mountpoint: Path) -> list[str]:
-    """Set what makes the kernel ask for more at once; return sentences on what could not be set, and what it costs."""
+def tune_kernel(mountpoint: Path, library: companion.Companion | None) -> list[str]:
+    """Set what makes the kernel ask for more at once; return sentences on what could not be set, and what it costs.
+
+    What the companion library has set already is left alone.
+    """
     mounted = kernel_mounts.find(mountpoint)
     assert mounted is not None, "just mounted"
     connection = kernel_mounts.connection(mounted.minor)
-    wanted = (
-        (connection / "max_background", MAX_BACKGROUND, "at most 12 asynchronous reads are under way at once"),
-        (connection / "congestion_threshold", CONGESTION_THRESHOLD, "readahead stops at 9 requests under way"),
-        (Path(f"/sys/class/bdi/0:{mounted.minor}/read_ahead_kb"), READ_AHEAD_KB, "sequential reads come as 128 KiB"),
-    )
+    wanted = [(Path(f"/sys/class/bdi/0:{mounted.minor}/read_ahead_kb"), READ_AHEAD_KB, "reads come as 128 KiB")]
+    if library is None:
+        wanted += [
+            (connection / "max_background", MAX_BACKGROUND, "at most 12 asynchronous reads are under way at once"),
+            (connection / "congestion_threshold", CONGESTION_THRESHOLD, "readahead stops at 9 requests under way"),
+        ]
     complaints = []
     for path, value, cost in wanted:
         try:
@@ -69,16 +84,33 @@ def tune_kernel(mountpoint: Path) -> list[str]:
     return complaints
 
 
+def prepare(library: companion.Companion, hooks: companion.Hooks) -> None:
+    """Have the companion library complete what is mounted next."""
+    library.wish(
+        want=WANT | (LOCKS if hooks.setlk is not None else 0),
+        unwanted=UNWANTED,
+        max_background=MAX_BACKGROUND,
+        congestion_threshold=CONGESTION_THRESHOLD,
+        max_readahead=READ_AHEAD_KB * KIB,
+    )
+    library.hook(hooks)
+    hush()
+
+
 class Mount:
     """Serve one mount point (a plain path)."""
 
-    def __init__(self, options: MountOptions, mountpoint: Path) -> None:
+    def __init__(self, options: MountOptions, mountpoint: Path, library: companion.Companion | None) -> None:
         self._options = options
         self._mountpoint = mountpoint
+        self._library = library
         self._not_tuned: tuple[str, ...] = ()
 
     async def run(self) -> None:
         """Mount and serve until unmounted or signalled. UserError, alone or in a group, when that does not work."""
+        from . import fuse
+        from .extras import Extras
+
         settings = self._options.settings.mount
         async with (
             open_session(
@@ -89,27 +121,42 @@ class Mount:
             ) as session,
             trio.open_nursery() as nursery,
         ):
+            library, interrupts, locks = self._library, None, None
+            if library is not None:
+                interrupts = Interrupts(library, session.links, is_dying)
+                await nursery.start(interrupts.run)
+                locks = session.locks if settings.locks else None
             operations = fuse.BenchfsOperations(
                 session.namespace,
                 session.files,
                 nursery,
                 cache_timeout_s=settings.attr_timeout_s,
                 xattr=settings.xattr,
+                companion=library,
+                interrupts=interrupts,
+                locks=locks,
             )
             session.files.on_dropped = operations.invalidate_data
+            serve = fuse.serve
+            if library is not None and interrupts is not None:
+                extras = Extras(library, operations, session.files, locks, interrupts, xattr=settings.xattr)
+                prepare(library, extras.hooks())
+                serve = functools.partial(extras.serve, fuse.serve)
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 self._mount(operations, session)
                 try:
                     nursery.start_soon(self._leave_on_signal, signals, session)
-                    nursery.start_soon(self._announce, session)
-                    await fuse.serve()
+                    nursery.start_soon(self._announce, session, operations)
+                    await serve()
                     await session.files.leave()
                 finally:
                     fuse.unmount()
                     control.remove_record(self._mountpoint)
             nursery.cancel_scope.cancel()
 
-    def _mount(self, operations: fuse.BenchfsOperations, session: Session) -> None:
+    def _mount(self, operations: "fuse.BenchfsOperations", session: Session) -> None:
+        from . import fuse
+
         settings = self._options.settings.mount
         options = [
             f"fsname=benchfs#{session.cluster_id}",
@@ -145,19 +192,23 @@ class Mount:
         left = session.files.statistics()
         log.warning("leaving: flushing %d bytes of %d files", left.accepted_bytes, left.dirty)
         await session.files.drain()
+        from . import fuse
+
         fuse.stop()
 
-    async def _announce(self, session: Session) -> None:
+    async def _announce(self, session: Session, operations: "fuse.BenchfsOperations") -> None:
         """Wait until the mount answers, then say so everywhere; answer questions from then on."""
         try:
-            await trio.to_thread.run_sync(os.stat, self._mountpoint, abandon_on_cancel=True)
+            # The whole way through the kernel to every daemon; df shows these numbers while one is missing later.
+            await trio.to_thread.run_sync(os.statvfs, self._mountpoint, abandon_on_cancel=True)
         except OSError as error:
             raise UserError(f"{self._mountpoint} is mounted, but does not answer: {error.strerror}") from None
-        self._not_tuned = tuple(tune_kernel(self._mountpoint))
+        self._not_tuned = tuple(tune_kernel(self._mountpoint, self._library))
         await self._say_if_second(session)
         path = control.socket_file(self._mountpoint)
         async with trio.open_nursery() as nursery:
-            await nursery.start(control.serve, path, functools.partial(self._answer, session=session))
+            answer = functools.partial(self._answer, session=session, operations=operations)
+            await nursery.start(control.serve, path, answer)
             process = identify(os.getpid())
             assert process is not None
             control.write_record(
@@ -174,6 +225,8 @@ class Mount:
 
     async def _say_if_second(self, session: Session) -> None:
         """Say, once and plainly, what does not hold when a cluster is mounted more than once."""
+        if self._library is not None and self._options.settings.mount.locks:
+            return
         try:
             sessions = (await session.namespace.status(session.links.daemons[0])).sessions
         except FsError as error:
@@ -187,11 +240,24 @@ class Mount:
             )
 
     async def _answer(
-        self, question: control.Question, send: Callable[[control.Report], Awaitable[None]], session: Session
+        self, question: control.Question, asker: control.Asker, session: Session, operations: "fuse.BenchfsOperations"
     ) -> None:
         """Answer one question of the control socket."""
+        send = asker.send
         if question.command == "layout":
             await send(await self._tell_layout(session, question.ino))
+            return
+        if question.command == "count":
+            counts = await telling.count(session, operations)
+            await send(msgspec.structs.replace(self._report(session, done=True), counts=counts))
+            return
+        if question.command == "trace":
+
+            async def send_part(part: control.TracePart) -> None:
+                await send(msgspec.structs.replace(self._report(session, done=False), trace=part))
+
+            await telling.trace(session, question.seconds, asker.wait_shut, send_part)
+            await send(self._report(session, done=True))
             return
         if question.command != "drain":
             daemons = await self._daemons(session) if question.command == "status" else ()
@@ -216,7 +282,7 @@ class Mount:
     def _report(
         self, session: Session, *, done: bool, daemons: tuple[control.DaemonReport, ...] = ()
     ) -> control.Report:
-        counts = session.files.statistics()
+        counts, locks = session.files.statistics(), session.locks.statistics()
         return control.Report(
             done,
             counts.handles,
@@ -227,6 +293,8 @@ class Mount:
             session.links.expelled_why,
             self._not_tuned,
             daemons,
+            locks_held=locks.ranges,
+            locks_waiting=locks.waiting,
         )
 
     async def _tell_layout(self, session: Session, ino: int) -> control.Report:
@@ -291,9 +359,11 @@ def _plain(status: StatusReply) -> dict[str, object]:
 def run_mount(options: MountOptions) -> int:
     """Mount, serve, unmount; return the exit code. Errors of users are said in one sentence on stderr."""
     code = 0
+    wish_short_slices()
     try:
-        mountpoint = mountpoints.prepare(options.mountpoint, options.registry)
-        trio.run(Mount(options, mountpoint).run)
+        mountpoint = mountpoints.prepare(options.mountpoint, options.registry, options.settings.mount.allow_other)
+        library = companion.load() if options.settings.mount.companion else None  # before pyfuse3
+        trio.run(Mount(options, mountpoint, library).run)
     except* UserError as group:
         first: BaseException = group
         while isinstance(first, BaseExceptionGroup):

@@ -3,7 +3,9 @@
 import errno
 import logging
 import os
+import re
 import stat
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
@@ -11,12 +13,16 @@ from typing import NamedTuple
 from . import control, kernel_mounts
 from .errors import UserError
 from .kernel_mounts import KernelMount
-from .processes import alive, wait_end
+from .processes import alive, is_defunct, wait_end
 
 log = logging.getLogger(__name__)
 
 #: Seconds for the process of a mount that was just taken away to flush what it holds and leave.
 LEAVE_S = 30.0
+#: What this program needs while it runs: its environment and its modules.
+_PROGRAM = (Path(sys.prefix).resolve(), Path(__file__).resolve().parent)
+#: Where root lets ordinary users do more (fuse(8)).
+FUSE_CONFIG = Path("/etc/fuse.conf")
 
 
 class State(Enum):
@@ -71,13 +77,20 @@ def look(mountpoint: Path) -> Place:
         state = State.OTHER
     elif record is not None and alive(record.process):
         state = State.SERVED
+    elif record is not None and is_defunct(record.process):
+        # A thread of it may wait for a page that a request holds, which only the process could have answered. So the
+        # connection stays, and hangs until it is aborted.
+        state = State.DEAD
     else:
         state = State.FOREIGN if kernel_mounts.answers(path) else State.DEAD
     return Place(path, state, mount, record)
 
 
 def clean_up(path: Path) -> None:
-    """Take away what a dead mount left at a plain path. UserError."""
+    """Take away what a dead mount left at a plain path, and free whoever waits for it. UserError."""
+    mount = kernel_mounts.find(path)
+    if mount is not None and kernel_mounts.is_benchfs(mount):
+        kernel_mounts.abort(mount)
     try:
         kernel_mounts.detach(path)
     except OSError as error:
@@ -96,10 +109,27 @@ def check_directory(path: Path) -> None:
         raise UserError(f"cannot use {path}: {error.strerror}") from None
     if not stat.S_ISDIR(mode):
         raise UserError(f"{path} is not a directory")
+    for own in _PROGRAM:
+        if own.is_relative_to(path):
+            raise UserError(f"{path} holds this program (in {own}), which the mount would hide: choose another place")
+    if os.geteuid() != 0 and not os.access(path, os.W_OK):
+        raise UserError(f"you may not write to {path}: without root, choose a mount point of your own")
 
 
-def prepare(mountpoint: Path, registry: Path) -> Path:
+def users_may_let_others_in(config: Path = FUSE_CONFIG) -> bool:
+    """Tell whether ordinary users may mount with allow_other."""
+    try:
+        return re.search(r"^\s*user_allow_other\s*$", config.read_text(), re.MULTILINE) is not None
+    except OSError:
+        return False
+
+
+def prepare(mountpoint: Path, registry: Path, allow_other: bool = False) -> Path:
     """Check a mount point, clean up what a dead mount left there, return its plain path. UserError if it won't do."""
+    if allow_other and os.geteuid() != 0 and not users_may_let_others_in():
+        raise UserError(
+            f"allow_other is for root alone here: leave it out, or have root add user_allow_other to {FUSE_CONFIG}"
+        )
     place = look(mountpoint)
     while place.state is State.DEAD:
         log.warning("%s was left broken by a dead mount: cleaning up", place.path)

@@ -8,7 +8,7 @@ import enum
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from .model import ChunkId, ClientId, DiskUsage
+from .model import ChunkId, ClientId, DataRange, DiskUsage
 
 #: Anything contiguous that offers bytes: bytes, bytearray, memoryview, mmap. Never copied on its way.
 Buffer = bytes | bytearray | memoryview
@@ -21,13 +21,63 @@ class Trimmed(NamedTuple):
     left: int
 
 
+class Mapped(NamedTuple):
+    """Return a page of a file's data ranges, in order. ``more``: chunk to go on with, None when that was all."""
+
+    ranges: tuple[DataRange, ...]
+    more: int | None
+
+
+class ChunkState(NamedTuple):
+    """Describe one chunk of a table: its record, and what is wrong with its file or record, if anything."""
+
+    chunk: ChunkId
+    birth: int
+    length: int
+    allocated: int
+    trouble: str
+
+
+class StrayFile(NamedTuple):
+    """Name a file among the chunk files that no record knows. ``chunk``: whose its name says it is, None: nobody's."""
+
+    folder: int
+    name: str
+    chunk: ChunkId | None
+    length: int
+
+
+class FileSum(NamedTuple):
+    """Sum up what one store holds of a file: bytes, and its last chunk with the chunk's length."""
+
+    ino: int
+    allocated: int
+    last: int
+    length: int
+
+
+class Sums(NamedTuple):
+    """Return some files in order: all there are below inode number ``next`` (INO_END: there are no more)."""
+
+    files: list[FileSum]
+    next: int
+
+
+class Held(NamedTuple):
+    """Sum up the chunks of a file in one store: how many, their space, and how many reach behind a point."""
+
+    chunks: int
+    allocated: int
+    beyond: int
+
+
 class ChunkStore(Protocol):
     """Keep chunks of file data.
 
     A chunk that was never written does not exist and reads as nothing. All offsets and lengths are bytes within one
     chunk. Operations on different chunks never wait for each other; on one chunk, a read that starts after a write
     returned sees it. Every method may yield; a cancelled write may have happened in part. Errors: NoSpace,
-    QuotaExceeded, StorageError.
+    QuotaExceeded, StorageError; of ``allocate`` and ``punch`` NotSupported, too, where the disk cannot do it.
     """
 
     async def read(self, chunk: ChunkId, offset: int, into: memoryview) -> int:
@@ -44,15 +94,51 @@ class ChunkStore(Protocol):
         """
         ...
 
-    async def trim(self, ino: int, index: int, offset: int) -> Trimmed:
-        """Drop of file ``ino`` everything at and behind byte ``offset`` of chunk ``index``.
+    def read_now(self, chunk: ChunkId, offset: int, into: memoryview) -> int | None:
+        """Do what ``read`` does if that takes no wait; None: nothing was done but to ``into``."""
+        ...
 
-        What is later written behind that point starts from zeros.
+    def write_now(self, chunk: ChunkId, offset: int, data: Buffer) -> int | None:
+        """Do what ``write`` does if that takes no wait; None: nothing was done."""
+        ...
+
+    async def allocate(self, chunk: ChunkId, offset: int, length: int, *, zero: bool = False) -> int:
+        """Reserve space for ``length`` > 0 bytes; return by how many bytes the chunk's allocated space grew.
+
+        Writing there needs no more space. Holes become zeros that take space and count as data; the chunk reaches to
+        the end of the range at least. With ``zero``, all of the range reads as zeros afterwards. NoSpace and
+        QuotaExceeded: nothing was reserved, but the range may have been zeroed.
         """
         ...
 
-    async def drop(self, inos: Sequence[int]) -> int:
-        """Drop all chunks of these files; return the bytes freed. Files without chunks are no error."""
+    async def punch(self, chunk: ChunkId, offset: int, length: int, *, zeros_only: bool = False) -> int:
+        """Make ``length`` > 0 bytes zeros and free the blocks that lie in them as a whole; return the bytes freed.
+
+        The chunk stays as long as it is. With ``zeros_only``, blocks that hold anything but zeros are left alone: so
+        what was only allocated is given back, and nothing is lost that somebody wrote there meanwhile.
+        """
+        ...
+
+    async def map(self, ino: int, index: int, offset: int, stop: int, count_max: int) -> Mapped:
+        """Return the data ranges of a file that end behind byte ``offset`` of chunk ``index``, up to chunk ``stop``.
+
+        They are whole blocks, may reach behind the chunk's end, and do not touch one another within a chunk. A page
+        ends with the chunk in which ``count_max`` is reached, if there may be more.
+        """
+        ...
+
+    async def trim(self, ino: int, index: int, offset: int, *, durable: bool = False) -> Trimmed:
+        """Drop of file ``ino`` everything at and behind byte ``offset`` of chunk ``index``.
+
+        What is later written behind that point starts from zeros. ``durable``: no power cut brings back what is gone.
+        """
+        ...
+
+    async def drop(self, inos: Sequence[int], *, durable: bool = False) -> int:
+        """Drop all chunks of these files; return the bytes freed. Files without chunks are no error.
+
+        ``durable``: no power cut brings back what is gone.
+        """
         ...
 
     async def sync(self, ino: int) -> None:
@@ -65,6 +151,33 @@ class ChunkStore(Protocol):
 
     async def aclose(self) -> None:
         """Finish what is under way and release everything."""
+        ...
+
+
+class ChunkInspector(Protocol):
+    """Look at a chunk store while it works. What is said is true of one moment, and nothing under way looks wrong."""
+
+    #: Directories of chunk files; 0: there are none.
+    folders: int
+
+    async def page(self, start: ChunkId) -> list[ChunkState]:
+        """Return some of the chunks from ``start`` on, in order; an empty list: there are no more."""
+        ...
+
+    async def held(self, ino: int, index: int, offset: int) -> Held:
+        """Sum up the chunks of a file, and count those that reach behind byte ``offset`` of chunk ``index``."""
+        ...
+
+    async def sums(self, start: int, wanted: Callable[[int], bool]) -> Sums:
+        """Sum up some of the files that have chunks here, from inode ``start`` on, as far as they are ``wanted``."""
+        ...
+
+    async def strays(self, folders: range) -> list[StrayFile]:
+        """Return the files of some directories that no record knows; of very many, some."""
+        ...
+
+    async def remove_strays(self, folder: int, names: Sequence[str]) -> int:
+        """Remove those of these files that no record knows and that are chunk files; return their bytes."""
         ...
 
 
@@ -156,6 +269,16 @@ class Channel(Protocol):
         ``into`` receives the reply's payload directly; it belongs to the channel until the call returned, and if the
         call was cancelled until the channel is closed. Raise Disconnected when the connection ends first. There is no
         deadline here: callers cancel.
+        """
+        ...
+
+    def call_now(
+        self, op: int, body: bytes, payload: Buffer | None = None, into: memoryview | None = None
+    ) -> Reply | Awaitable[Reply] | None:
+        """Begin a call without waiting for anything: return the reply if it comes at once, or else what to await.
+
+        None: nothing was sent; ``call`` can wait for what is missing. The awaitable has to be awaited, at once, and is
+        in all else like ``call``.
         """
         ...
 

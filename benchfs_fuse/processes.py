@@ -27,6 +27,9 @@ STOPPED_S = 5.0
 #: Seconds between looks at what a starting process says, for the eyes of who waits for it. Nothing else waits for it.
 LOOK_S = 0.2
 
+#: Seconds between looks whether processes rest.
+_REST_LOOK_S = 0.0005
+
 #: How our programs say, in one sentence, why they end (argparse puts "error: " in front).
 _SENTENCE = re.compile(r"benchfsd?: (?:error: )?(.+)")
 #: How they log what people should know.
@@ -52,6 +55,75 @@ def identify(pid: int) -> ProcessId | None:
 def alive(process: ProcessId) -> bool:
     """Tell whether this very process still runs."""
     return identify(process.pid) == process
+
+
+def is_defunct(process: ProcessId) -> bool:
+    """Tell whether this very process was ended and is still there: unreaped, or with a thread that cannot end yet."""
+    try:
+        after_name = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    return after_name[0] in "ZX" and int(after_name[19]) == process.started
+
+
+def wait_rest(pids: Iterable[int], timeout_s: float) -> bool:
+    """Wait until no thread of processes runs, seen twice in a row; tell whether that came in time.
+
+    Nothing tells of it, so this looks: for measurements, never for progress.
+    """
+    deadline = time.monotonic() + timeout_s
+    looks = 0
+    while looks < 2:
+        if time.monotonic() > deadline:
+            return False
+        looks = 0 if any(_runs(pid) for pid in pids) else looks + 1
+        time.sleep(_REST_LOOK_S)
+    return True
+
+
+def _runs(pid: int) -> bool:
+    """Tell whether a thread of a process runs or is about to."""
+    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            if stat.read_text().rpartition(")")[2].split()[0] == "R":
+                return True
+    return False
+
+
+def cpu_ns(pid: int) -> int:
+    """Sum up the processor time of a process's threads, in ns; 0: none is left.
+
+    The kernel adds what a thread has used when it stops running, and at ticks (4 ms): nobody else knows what one that
+    runs just now has used since (Documentation/scheduler/sched-stats.rst). See ``wait_rest``.
+    """
+    total = 0
+    for thread in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            total += int(thread.read_text().split()[0])
+    return total
+
+
+#: Signals that do not end a process that has not said what to do about them (signal(7)).
+_HARMLESS = {signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH}
+_HARMLESS |= {signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
+#: The bit of a process's flags in /proc/PID/stat that says that it exits: PF_EXITING of include/linux/sched.h.
+_EXITING = 4
+
+
+def is_dying(thread_id: int) -> bool:
+    """Tell whether a thread has gone, exits, or has a signal pending that will end it."""
+    try:
+        if int(Path(f"/proc/{thread_id}/stat").read_text().rpartition(")")[2].split()[6]) & _EXITING:
+            return True
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{thread_id}/status").read_text().splitlines())
+    except OSError:
+        return True
+
+    def mask(name: str) -> int:
+        return int(status[name], 16)
+
+    survived = mask("SigBlk") | mask("SigIgn") | mask("SigCgt") | sum(1 << (number - 1) for number in _HARMLESS)
+    return bool((mask("SigPnd") | mask("ShdPnd")) & ~survived)
 
 
 # ── ending ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,6 +8,9 @@
 Works on NFS and Lustre: files are written under another name and renamed, or linked where exactly one may win; nothing
 is locked. Changes are seen by inotify. Changes made on other hosts of a network file system raise no events: there, and
 where inotify is not to be had, the directory is read every POLL_S while somebody waits for a change.
+
+A network file system may hang. What runs reads the registry in one thread (``look``), so that only those wait for it
+who need it; what starts has nothing else to do.
 """
 
 import contextlib
@@ -24,7 +27,7 @@ from typing import TypeVar
 import msgspec
 import trio
 
-from .errors import UserError
+from .errors import DaemonUnreachable, UserError
 from .kernel_mounts import above, inside_benchfs
 from .layout import ShardMap
 from .limits import CHUNK_SIZE_DEFAULT, DAEMONS_MAX, SHARDS
@@ -98,9 +101,26 @@ class DaemonEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.boot_id == boot_id() and not alive(self.process)
 
 
+def check_name(path: Path, what: str) -> None:
+    """Refuse a path that could not be written into our files, which are JSON. UserError."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the {what} {str(path)!a} has a name that is not UTF-8: choose another") from None
+
+
+class _Look:
+    """Be one look at an entry, for everybody who asks before it begins."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.entry: DaemonEntry | None = None
+        self.trouble: Exception | None = None
+
+
 def boot_id() -> str:
-    """Return the kernel's boot id: equal on one host until it is started anew."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    """Name where a process id means one process: this boot of the kernel, this pid namespace (of a container)."""
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
 def init_registry(path: Path, daemons: int, chunk_size: int = CHUNK_SIZE_DEFAULT) -> Cluster:
@@ -108,6 +128,7 @@ def init_registry(path: Path, daemons: int, chunk_size: int = CHUNK_SIZE_DEFAULT
     if not 1 <= daemons <= DAEMONS_MAX:
         raise UserError(f"a cluster has 1 to {DAEMONS_MAX} daemons, not {daemons}")
     path = path.absolute()
+    check_name(path, "registry")
     if inside_benchfs(path):
         raise UserError(f"{path} lies in a benchfs mount: the registry must be outside")
     if os.path.lexists(path) and not _is_empty_directory(path):
@@ -140,6 +161,7 @@ class Registry:
     def __init__(self, path: Path) -> None:
         """Read what the cluster is. UserError: there is none, or it is not for us."""
         self.path = path.absolute()
+        check_name(self.path, "registry")
         if inside_benchfs(self.path):
             raise UserError(f"{self.path} lies in a benchfs mount: the registry must be outside")
         try:
@@ -165,6 +187,11 @@ class Registry:
         self.cluster = cluster
         self._inotify: int | None = None
         self._polled = False
+        #: What is to be read next, and whether something is being read.
+        self._next: dict[int, _Look] = {}
+        self._reading = False
+        #: How often somebody has taken events, for those who were looking meanwhile.
+        self._events = 0
         self._leading = False
         self._changed = trio.Event()
 
@@ -181,6 +208,47 @@ class Registry:
     def find(self, daemon_id: int) -> DaemonEntry | None:
         """Return a daemon's entry, also that of a dead one; None if there is none."""
         return read_file(self._entry(daemon_id), DaemonEntry)
+
+    async def look(self, daemon_id: int) -> DaemonEntry | None:
+        """Return what ``find`` returns from now on, read in a thread; DaemonUnreachable when it cannot be read.
+
+        However many look, and give up: there is one thread. It also begins to watch for changes, before it reads.
+        """
+        look = self._next.setdefault(daemon_id, _Look())
+        self._read_next()
+        await look.done.wait()
+        if isinstance(look.trouble, UserError):
+            raise DaemonUnreachable(str(look.trouble))
+        if look.trouble is not None:
+            raise look.trouble
+        return look.entry
+
+    def _read_next(self) -> None:
+        """Read what is to be read, unless something is being read: then that goes on with it."""
+        if self._reading or not self._next:
+            return
+        looks, self._next, self._reading = self._next, {}, True
+        token = trio.lowlevel.current_trio_token()
+
+        def read() -> None:
+            for daemon_id, look in looks.items():
+                try:
+                    self._watch()
+                    look.entry = self.find(daemon_id)
+                except Exception as error:  # noqa: BLE001  raised where it was asked for
+                    look.trouble = error
+
+        def finish() -> None:
+            self._reading = False
+            self._read_next()
+            for look in looks.values():
+                look.done.set()
+
+        def deliver(result: object) -> None:
+            with contextlib.suppress(trio.RunFinishedError):  # it was read for nobody
+                token.run_sync_soon(finish)
+
+        trio.lowlevel.start_thread_soon(read, deliver)
 
     def publish(self, entry: DaemonEntry) -> None:
         """Write a daemon's entry: from now on it is found. UserError."""
@@ -215,30 +283,39 @@ class Registry:
 
         UserError when it takes longer than ``timeout_s``.
         """
-        self._watch()
         last: dict[int, str] = {}
         with trio.move_on_after(timeout_s):
-            while missing := self.missing():
+            while missing := await trio.to_thread.run_sync(self._watch_missing, abandon_on_cancel=True):
                 if missing != last:
                     report(f"waiting for {_list_missing(missing, self.cluster.daemons)}")
                     last = missing
                 await self._wait_something()
             return
+        if not last:
+            raise UserError(f"gave up after {timeout_s:.0f} s: the registry {self.path} does not answer")
         raise UserError(
-            f"gave up after {timeout_s:.0f} s without {_list_missing(self.missing(), self.cluster.daemons)}: "
+            f"gave up after {timeout_s:.0f} s without {_list_missing(last, self.cluster.daemons)}: "
             f"start what is missing with benchfsd --registry-dir {self.path} --data-dir DIR"
         )
+
+    def _watch_missing(self) -> dict[int, str]:
+        self._watch()
+        return self.missing()
 
     # ── changes ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def wait_changed(self, daemon_id: int, known: object) -> None:
-        """Wait until ``find`` returns something other than ``known``."""
-        self._watch()
-        while self.find(daemon_id) == known:
-            await self._wait_something()
+        """Wait until ``look`` returns something other than ``known``; what cannot be read has not changed."""
+        while True:
+            events = self._events
+            with contextlib.suppress(DaemonUnreachable):
+                if await self.look(daemon_id) != known:
+                    return
+            if self._events == events:  # else somebody has taken an event that came behind the look
+                await self._wait_something()
 
     def _watch(self) -> None:
-        """Begin to gather events, if that was not done before."""
+        """Begin to gather events, if that was not done before. Called in threads: it may hang."""
         if self._inotify is not None:
             return
         mount = above(self.path)
@@ -266,6 +343,7 @@ class Registry:
         finally:
             # Also when cancelled: then another waiter has to watch.
             self._leading = False
+            self._events += 1
             self._changed.set()
             self._changed = trio.Event()
 
@@ -319,9 +397,14 @@ class Registry:
 
 
 def answers(entry: DaemonEntry) -> bool:
-    """Tell whether the daemon of an entry still lives: by its process on this host, by a connection from elsewhere."""
+    """Tell whether the daemon of an entry still lives: by its process on this host, by a connection from elsewhere.
+
+    One of this host's name and another boot died with that: who listens at its port now is somebody else.
+    """
     if entry.boot_id == boot_id():
         return alive(entry.process)
+    if entry.host == socket.gethostname():
+        return False
     host, _, port = entry.address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), PROBE_TIMEOUT_S).close()

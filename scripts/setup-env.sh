@@ -1,8 +1,8 @@
-# Sourced by scripts/test and scripts/quickstart, with the project's root as working directory:
+# Sourced by the other scripts, with the project's root as working directory:
 # finds or installs the Debian packages and the Python environment that they need.
 #
 #   require_packages base [test]   the Debian packages of these groups
-#   require_venv [test]            .venv with the pinned versions and the package itself, editable
+#   require_venv [test|plot]       .venv with the pinned versions and the package itself, editable
 #
 # Both return at once when everything is there. Progress goes to standard error.
 
@@ -59,6 +59,7 @@ missing_packages() {
             package_of make make
             package_of ip iproute2
             package_of mkfs.xfs xfsprogs
+            package_of mkfs.ext4 e2fsprogs
             ;;
         esac
     done
@@ -82,9 +83,9 @@ require_packages() {
 # The stamp's first line is where the environment stands (its scripts hold absolute paths), the second what is in it.
 require_venv() {
     extras=${1:-}
-    wanted=$(cat setup.cfg pyproject.toml constraints.txt | sha256sum | cut -d ' ' -f 1)
-    for stamp in .venv/stamp-test ".venv/stamp-${extras:-run}"; do
-        if [ "$(cat "$stamp" 2>/dev/null)" = "$PWD
+    wanted=$(cat setup.cfg setup.py pyproject.toml constraints.txt benchfs_fuse/companion/companion.c | sha256sum | cut -d ' ' -f 1)
+    for enough in test ${extras:-plot run}; do # test has all that plot has
+        if [ "$(cat ".venv/stamp-$enough" 2>/dev/null)" = "$PWD
 $wanted" ] && .venv/bin/python -c '' 2>/dev/null; then
             return 0
         fi
@@ -101,5 +102,7 @@ $wanted" ] && .venv/bin/python -c '' 2>/dev/null; then
     PIP_CONSTRAINT=$PWD/constraints.txt PIP_BUILD_CONSTRAINT=$PWD/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
         .venv/bin/python -m pip install -qq --editable ".${extras:+[$extras]}" >&2 </dev/null ||
         die "pip could not install the package and its dependencies"
+    ls benchfs_fuse/companion/_library*.so >/dev/null 2>&1 ||
+        say "the companion library could not be built; docs/companion.md says what is missing without it"
     printf '%s\n%s\n' "$PWD" "$wanted" >".venv/stamp-${extras:-run}"
 }

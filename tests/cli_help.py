@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple, Self
@@ -143,8 +143,8 @@ def running_benchfs(*words: object, env: Mapping[str, str] | None = None) -> Run
     return Running(*command_line(*words), env=env)
 
 
-def holding(script: str, *words: object) -> Running:
-    """Begin a Python program; return when it holds what it is to hold. Then it waits to be killed.
+def holding(script: str, *words: object, before: Sequence[str] = ()) -> Running:
+    """Begin a Python program; return when it holds what it is to hold. Then it waits to be killed. ``before``: nsenter.
 
     It may call ``step()``: there it holds something too, and goes on when ``go`` is called.
     """
@@ -154,7 +154,7 @@ def holding(script: str, *words: object) -> Running:
         "def step():\n    held()\n    sys.stdin.readline()\n"
         f"{script}\nheld()\nsignal.pause()\n"
     )
-    child = Running(sys.executable, "-c", program, *map(str, words))
+    child = Running(*before, sys.executable, "-c", program, *map(str, words))
     try:
         _wait_held(child)
     except BaseException:

@@ -27,7 +27,7 @@ _libc = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Have this process told to end when the tests are killed (prctl(2)): nobody else would stop it then."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -35,18 +35,25 @@ def _end_with_parent() -> None:
 class Process:
     """Run one of our modules until it is told to end; its output is in ``log``."""
 
-    def __init__(self, module: str, arguments: Sequence[str], log: Path, environ: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        log: Path,
+        environ: dict[str, str] | None = None,
+        before: Sequence[str] = (),
+    ) -> None:
         self.log = log
         reader, writer = os.pipe()
         with log.open("ab") as output:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments, "--ready-fd", str(writer)],
+                [*before, sys.executable, "-m", module, *arguments, "--ready-fd", str(writer)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 pass_fds=[writer],
                 start_new_session=True,
-                preexec_fn=_end_with_parent,  # noqa: PLW1509  it makes one system call and takes no lock
+                preexec_fn=end_with_parent,  # noqa: PLW1509  it makes one system call and takes no lock
                 env={**os.environ, **(environ or {})},
             )
         os.close(writer)
@@ -98,9 +105,17 @@ class Process:
 class Mount(Process):
     """Mount a cluster somewhere."""
 
-    def __init__(self, registry: Path, mountpoint: Path, log: Path, arguments: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        registry: Path,
+        mountpoint: Path,
+        log: Path,
+        arguments: Sequence[str] = (),
+        before: Sequence[str] = (),
+    ) -> None:
         self.mountpoint = mountpoint
-        super().__init__("benchfs_fuse.mount", [str(mountpoint), "--registry-dir", str(registry), *arguments], log)
+        words = [str(mountpoint), "--registry-dir", str(registry), *arguments]
+        super().__init__("benchfs_fuse.mount", words, log, before=before)
 
     def free(self) -> None:
         """Let everybody go who waits for this mount, and take it away, dead or alive."""

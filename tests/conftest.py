@@ -2,9 +2,11 @@
 
 import functools
 import os
+import signal
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import settings
 
 from benchfs_fuse import doctor
 
@@ -21,6 +23,23 @@ _left_out = pytest.StashKey[int]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests marked slow or exhaustive too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the default run the same each time, with failures that are cheap to report.
+
+    Random plans are drawn anew with --all only: exploring is its work, while the default run guards what was reached.
+
+    Where CI is set, pytest draws the whole difference of two long byte strings, for minutes; it names the first byte
+    that differs without that (pytest 9.2, `running_on_ci`).
+    """
+    for name in ("CI", "BUILD_NUMBER"):
+        os.environ.pop(name, None)
+    # Programs in the background of a shell start with interrupts ignored, and so do all that they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    settings.register_profile("same", derandomize=True, database=None, print_blob=True)
+    settings.register_profile("anew", print_blob=True)
+    settings.load_profile("anew" if config.getoption("--all") else "same")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -7,21 +7,18 @@ means that the cluster is whole and that nothing was left behind.
 import contextlib
 import json
 import os
-import stat
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
-
 from benchfs_fuse import disk
 from benchfs_fuse.chunks.table import Record, decode
+from benchfs_fuse.comparison import ChunkFacts, Comparison
 from benchfs_fuse.kv.rocks import RocksStore
 from benchfs_fuse.layout import ShardMap
-from benchfs_fuse.model import ROOT_INO, ChunkId
+from benchfs_fuse.model import ChunkId
 from benchfs_fuse.ports import KeyValueStore
-from benchfs_fuse.services.inodes import Inode
+from benchfs_fuse.services.checking import inode_of, name_of
 
 
 class Stored(NamedTuple):
@@ -37,76 +34,38 @@ def _rows(stored: Stored, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 def complaints(cluster: Sequence[Stored], shard_map: ShardMap, clients: int = 0) -> list[str]:
     """Say what is wrong in a cluster at rest, with so many clients that have nothing open. Daemons by number."""
-    return [*_names(cluster, shard_map), *_space(cluster, shard_map), *_leftovers(cluster, clients)]
+    return [*_compare(cluster, shard_map), *_positions(cluster), *_leftovers(cluster, clients)]
 
 
-def _inodes(cluster: Sequence[Stored]) -> dict[int, Inode]:
-    return {
-        disk.number(key): msgspec.msgpack.decode(value, type=Inode)
-        for stored in cluster
-        for key, value in _rows(stored, disk.INODE)
-    }
-
-
-def _names(cluster: Sequence[Stored], shard_map: ShardMap) -> Iterator[str]:
-    """Compare entries with inodes."""
-    inodes = _inodes(cluster)
-    links, subdirectories, entries = Counter[int](), Counter[int](), Counter[int]()
+def _compare(cluster: Sequence[Stored], shard_map: ShardMap) -> Iterator[str]:
+    """Compare names with inodes and inodes with chunks, as ``benchfs check`` does."""
+    comparison = Comparison(shard_map)
+    for daemon, stored in enumerate(cluster):
+        for _, value in _rows(stored, disk.INODE):
+            inode = inode_of(daemon, value)
+            assert inode is not None
+            comparison.add_inode(inode)
     for daemon, stored in enumerate(cluster):
         for key, value in _rows(stored, disk.ENTRY):
-            parent, name = disk.number(key), key[9:]
-            ino, cookie = disk.numbers(b"." + value[:16])
-            links[ino] += 1
-            entries[parent] += 1
-            if shard_map.of_ino(parent) != daemon:
-                yield f"{name!r} in directory {parent} is on daemon {daemon}"
-            if parent not in inodes:
-                yield f"{name!r} is in directory {parent}, which is not there"
-            if ino not in inodes:
-                yield f"{name!r} in directory {parent} names inode {ino}, which is not there"
-                continue
-            if stat.S_IFMT(inodes[ino].mode) != int.from_bytes(value[16:18], "big"):
-                yield f"{name!r} in directory {parent} says what inode {ino} is not"
-            if inodes[ino].is_dir:
-                subdirectories[parent] += 1
-                if inodes[ino].parent != parent:
-                    yield f"directory {ino} is in {parent} and believes to be in {inodes[ino].parent}"
-            position = stored.records.get(disk.key2(disk.POSITION, parent, cookie))
-            if position is None or position[10:] != name or position[:8] != value[:8]:
-                yield f"{name!r} in directory {parent} has no position"
-        positions = sum(1 for _ in _rows(stored, disk.POSITION))
-        if positions != sum(1 for _ in _rows(stored, disk.ENTRY)):
-            yield f"daemon {daemon} holds {positions} positions, not as many as entries"
-    for ino, inode in inodes.items():
-        if inode.is_dir:
-            if links[ino] != (ino != ROOT_INO):
-                yield f"directory {ino} has {links[ino]} names"
-            if inode.nlink != 2 + subdirectories[ino]:
-                yield f"directory {ino} has {subdirectories[ino]} subdirectories and {inode.nlink} links"
-            if inode.entries != entries[ino]:
-                yield f"directory {ino} has {entries[ino]} entries and counts {inode.entries}"
-        elif inode.nlink != links[ino] or not links[ino]:
-            yield f"inode {ino} has {links[ino]} names and {inode.nlink} links"
-
-
-def _space(cluster: Sequence[Stored], shard_map: ShardMap) -> Iterator[str]:
-    """Compare inodes with chunks."""
-    inodes = _inodes(cluster)
-    allocated = Counter[int]()
-    for daemon, stored in enumerate(cluster):
+            comparison.add_name(name_of(daemon, key, value))
         for chunk, record in stored.chunks.items():
-            inode = inodes.get(chunk.ino)
-            if inode is None:
-                yield f"daemon {daemon} holds chunk {chunk.index} of inode {chunk.ino}, which is not there"
-                continue
-            allocated[chunk.ino] += record.allocated
-            if shard_map.of_chunk(chunk.ino, chunk.index, inode.width) != daemon:
-                yield f"daemon {daemon} holds chunk {chunk.index} of inode {chunk.ino}, which belongs elsewhere"
-            if chunk.index * inode.chunk_size + record.length > inode.size:
-                yield f"chunk {chunk.index} of inode {chunk.ino} reaches behind its size of {inode.size}"
-    for ino, inode in inodes.items():
-        if inode.allocated != allocated[ino]:
-            yield f"inode {ino} counts {inode.allocated} bytes, its chunks have {allocated[ino]}"
+            comparison.add_chunk(ChunkFacts(daemon, *chunk, record.length, record.allocated, ""))
+    for finding in comparison.findings():
+        yield f"{finding.problem}: inode {finding.ino} on daemon {finding.daemon}: {finding.what} {finding.name!r}"
+
+
+def _positions(cluster: Sequence[Stored]) -> Iterator[str]:
+    """Compare the names of directories with their listings."""
+    for daemon, stored in enumerate(cluster):
+        entries = 0
+        for key, value in _rows(stored, disk.ENTRY):
+            entries += 1
+            position = stored.records.get(disk.POSITION + key[1:9] + value[8:16])
+            if position is None or position[10:] != key[9:] or position[:8] != value[:8]:
+                yield f"{key[9:]!r} in directory {disk.number(key)} has no position"
+        positions = sum(1 for _ in _rows(stored, disk.POSITION))
+        if positions != entries:
+            yield f"daemon {daemon} holds {positions} positions and {entries} entries"
 
 
 #: Records that nothing at rest leaves behind.

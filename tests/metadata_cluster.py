@@ -2,13 +2,14 @@
 
 A daemon here is a MetadataService over a MemoryStore with the least around it that the contracts ask for. It dies as
 ``kill -9`` would let it: its tasks are gone, its store keeps what was written, its messages stop; it starts anew at
-once. A client sends a request again, with the same slot and sequence number, until it is answered.
+once. Or as a power cut would let it: then its store keeps what was synced, and of the rest a prefix. A client sends a
+request again, with the same slot and sequence number, until it is answered.
 """
 
 import contextlib
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -44,6 +45,7 @@ from benchfs_fuse.services.calls import Batch
 from benchfs_fuse.services.identity import open_store
 from benchfs_fuse.services.inodes import COOKIE_FIRST, ENTRY_SIZE, Inode, Inodes
 from benchfs_fuse.services.metadata import MetadataService
+from benchfs_fuse.services.names import SPREAD_EVERY
 
 R = TypeVar("R", bound=Body)
 
@@ -51,12 +53,51 @@ R = TypeVar("R", bound=Body)
 Contents = tuple[dict[bytes, bytes], dict[tuple[int, int], int]]
 
 CLIENT = ClientId(1)
+#: In place of a daemon that dies.
+EVERYBODY = -1
 #: What a daemon says to another has no client of interest.
 DAEMON_CLIENT = ClientId(1000)
 
 
 class Crash(Exception):
     """Stand for ``kill -9``: nobody but the harness catches it."""
+
+
+class PowerStore(MemoryStore):
+    """Be a store that knows what was synced, and what was written since."""
+
+    def __init__(self, contents: Mapping[bytes, bytes] | None = None) -> None:
+        super().__init__(contents)
+        self._synced = self.contents()
+        self._tail: list[tuple[Sequence[tuple[bytes, bytes]], Sequence[bytes]]] = []
+
+    def write(self, puts: Sequence[tuple[bytes, bytes]], deletes: Sequence[bytes] = ()) -> None:
+        super().write(puts, deletes)
+        self._tail.append((puts, deletes))
+
+    async def sync(self) -> None:
+        count = len(self._tail)
+        await super().sync()
+        self.keep(count)
+
+    def keep(self, count: int) -> None:
+        """Note that the oldest writes are on stable storage."""
+        for puts, deletes in self._tail[:count]:
+            self._synced.update(puts)
+            for key in deletes:
+                self._synced.pop(key, None)
+        del self._tail[:count]
+
+    def killed(self) -> "PowerStore":
+        """Return what the next life of the daemon finds when this one was killed: everything."""
+        found = PowerStore(self.contents())
+        found._synced, found._tail = self._synced, self._tail
+        return found
+
+    def left(self, share: float) -> "PowerStore":
+        """Return what it finds after a power cut, with a part of what was not synced."""
+        self.keep(round(len(self._tail) * share))
+        return PowerStore(self._synced)
 
 
 class Handles:
@@ -82,6 +123,12 @@ class Handles:
 
     def count(self, ino: int) -> int:
         return sum(number for (_, held, _), number in self.held.items() if held == ino) or int(self.grace)
+
+    def written_by_others(self, ino: int, client_id: ClientId | None) -> bool:
+        return any(
+            held == ino and writer and other != client_id and number
+            for (other, held, writer), number in self.held.items()
+        )
 
 
 class Called:
@@ -128,9 +175,9 @@ class _Peers:
         self._node = node
         self._life = node.life
 
-    async def call(self, daemon_id: int, request: Request, reply: type[R]) -> R:
+    async def call(self, daemon_id: int, request: Request, reply: type[R], into: memoryview | None = None) -> R:
         cluster, target = self._cluster, self._cluster.nodes[daemon_id]
-        assert not request.recorded
+        assert not request.recorded and into is None
         while True:
             await self._check_alive()
             await cluster.on_message(self._node, target, request)
@@ -166,12 +213,14 @@ class Node:
     def __init__(self, cluster: "Cluster", daemon_id: int) -> None:
         self._cluster = cluster
         self.daemon_id = daemon_id
-        self.store = MemoryStore()
+        self.store = PowerStore()
         self.handles = Handles()
         #: Allocated bytes of the chunks here: (ino, index) → bytes. What a request dropped is gone for good.
         self.chunks: dict[tuple[int, int], int] = {}
         self.life = 0
         self.dying = False
+        #: It dies by a power cut.
+        self.loses = False
         self.up = trio.Event()
         self.answers: set[_Answer] = set()
         self.scope = trio.CancelScope()
@@ -193,7 +242,8 @@ class Node:
         cluster = self._cluster
         self.life += 1
         self.dying = False
-        self.store = MemoryStore(self.store.contents())
+        losing, self.loses = self.loses, False
+        self.store = self.store.left(cluster.kept) if losing else self.store.killed()
         incarnation = open_store(
             self.store, "test", self.daemon_id, cluster.shard_map, CHUNK_SIZE_DEFAULT, cluster.clock()
         )
@@ -208,6 +258,7 @@ class Node:
             prepare_timeout_s=cluster.prepare_timeout_s,
         )
         self.service.recover()
+        await self.store.sync()
         self.store.before_write = lambda number: self._on_write("write")
         self.store.after_write = lambda number: self._on_write("written")
         async with trio.open_nursery() as self.nursery:
@@ -256,6 +307,9 @@ class Cluster:
         #: Points passed since ``count_points``, and which daemon dies at which of them.
         self.points: list[tuple[str, tuple[int, ...]]] = []
         self._dies_at: tuple[int, int] | None = None
+        #: Whether who dies loses power, and what a power cut keeps of what was not synced.
+        self.cuts_power = False
+        self.kept = 0.0
         #: Called before a message is delivered; a test may wait here, or raise.
         self.gate: Callable[[int, int, Request], Any] | None = None
 
@@ -275,7 +329,7 @@ class Cluster:
     # ── crashes ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def count_points(self, dies_at: tuple[int, int] | None = None) -> None:
-        """Begin to number the crash points; ``dies_at``: (number, daemon) of the one that dies there."""
+        """Begin to number the crash points; ``dies_at``: (number, daemon) of the one that dies there, or EVERYBODY."""
         self.points = []
         self._dies_at = dies_at
 
@@ -284,7 +338,10 @@ class Cluster:
         number = len(self.points)
         self.points.append((what, tuple(node.daemon_id for node in nodes)))
         if self._dies_at is not None and self._dies_at[0] == number:
-            self.nodes[self._dies_at[1]].die()
+            for node in self.nodes:
+                if self._dies_at[1] in (node.daemon_id, EVERYBODY):
+                    node.loses = self.cuts_power
+                    node.die()
 
     # ── messages ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -401,6 +458,7 @@ class Cluster:
         names = self.home(parent).service._names
         while self.shard_map.of_ino(make_ino(names._next_shard, 1)) != on:
             names._next_shard = (names._next_shard + 1) % len(self.shard_map.daemons)
+        names._beside = SPREAD_EVERY
 
     async def create(self, parent: int, name: bytes) -> int:
         """Make a regular file."""
@@ -430,6 +488,11 @@ class Cluster:
             for node in self.nodes:
                 await node.up.wait()
                 await node.service.wait_idle()
+
+    async def sync(self) -> None:
+        """Bring everything to stable storage."""
+        for node in self.nodes:
+            await node.store.sync()
 
     def contents(self) -> list[Contents]:
         """Return what all daemons have stored."""
@@ -547,7 +610,7 @@ async def cluster_of(
     """Run a cluster for a while, over copies of ``contents``. Its daemons stop when the block ends."""
     cluster = Cluster(daemons, seed, prepare_timeout_s)
     for node, (records, chunks) in zip(cluster.nodes, contents, strict=False):
-        node.store = MemoryStore(records)
+        node.store = PowerStore(records)
         node.chunks = dict(chunks)
     async with trio.open_nursery() as nursery:
         for node in cluster.nodes:

@@ -8,6 +8,7 @@ tried on tmpfs, which holds whatever POSIX promises.
 
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ import pytest
 from cluster import Cluster, running_cluster
 
 SHARED_MEMORY = Path("/dev/shm")
+#: Bytes of the ext4 to compare with: as much as it takes to have a journal.
+EXT4_SIZE = 64 << 20
 
 
 def _fresh(parent: Path) -> Path:
@@ -84,3 +87,22 @@ def reference() -> Iterator[Path]:
     path = _fresh(SHARED_MEMORY)
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def ext4() -> Iterator[Path]:
+    """Mount a new ext4 where other users reach it, the other file system to compare with."""
+    with tempfile.TemporaryDirectory(prefix="benchfs-test-") as name:
+        place = Path(name)
+        place.chmod(0o755)
+        image, disk = place / "image", place / "disk"
+        disk.mkdir()
+        with image.open("wb") as file:
+            file.truncate(EXT4_SIZE)
+        # ea_inode: attributes of the size that others take too.
+        subprocess.run(["mkfs.ext4", "-q", "-b", "4096", "-O", "ea_inode", image], check=True, capture_output=True)
+        subprocess.run(["mount", "-o", "loop", image, disk], check=True)
+        try:
+            yield disk
+        finally:
+            subprocess.run(["umount", disk], check=True)

@@ -1,7 +1,9 @@
 """What the tests of POSIX semantics share: expected refusals, other users, open files, and waiting for others."""
 
 import contextlib
+import ctypes
 import errno
+import mmap
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +50,21 @@ def opened(path: Path | bytes, flags: int = os.O_RDWR, mode: int = 0o644) -> Ite
         yield fd
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def unreclaimable(path: Path) -> Iterator[None]:
+    """Have the kernel keep what it caches of a file, however short of memory it is; who invalidates it still can.
+
+    Virtual machines may give idle pages back all the time (DAMON): what is cached may go a moment later.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    with opened(path) as fd, mmap.mmap(fd, 0) as mapped:
+        first = ctypes.c_char.from_buffer(mapped)
+        if libc.mlock(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(mapped))):
+            raise OSError(ctypes.get_errno(), f"mlock of {path}: see ulimit -l")
+        del first  # nothing may point into what is unmapped
+        yield
 
 
 @contextlib.contextmanager

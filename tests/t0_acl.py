@@ -108,6 +108,42 @@ def test_chmod_changes_the_mask_where_there_is_one() -> None:
     assert changed == [AclEntry(USER_OBJ, 7), NAMED[1], NAMED[2], AclEntry(MASK, 2), AclEntry(OTHER, 0)]
 
 
+def created(default: list[AclEntry], mode: int) -> tuple[list[AclEntry], int, bool]:
+    """Do what posix_acl_create_masq() of fs/posix_acl.c does, in its own order: ACL, mode, whether the ACL is kept."""
+    entries = [list(entry) for entry in default]
+    kept = False
+    group_obj = mask_obj = None
+    masked = mode
+    for entry in entries:
+        if entry[0] == USER_OBJ:
+            entry[1] &= masked >> 6 | ~0o7
+            masked &= entry[1] << 6 | ~0o700
+        elif entry[0] in (USER, GROUP):
+            kept = True
+        elif entry[0] == GROUP_OBJ:
+            group_obj = entry
+        elif entry[0] == OTHER:
+            entry[1] &= masked | ~0o7
+            masked &= entry[1] | ~0o7
+        else:
+            mask_obj = entry
+            kept = True
+    group = mask_obj or group_obj
+    assert group is not None
+    group[1] &= masked >> 3 | ~0o7
+    masked &= group[1] << 3 | ~0o70
+    return [AclEntry(*entry) for entry in entries], mode & ~0o777 | masked & 0o777, kept
+
+
+@given(acls(), st.integers(0, 0o7777))
+def test_an_acl_is_inherited_as_linux_does_it(default: list[AclEntry], mode: int) -> None:
+    access = acl.inherited(default, mode)
+    expected, expected_mode, kept = created(default, mode)
+    assert access == expected
+    assert mode & ~0o777 | acl.permissions_of(access) == expected_mode
+    assert acl.is_minimal(access) == (not kept)
+
+
 @given(acls(), st.integers(0, 0o7777))
 def test_an_acl_after_chmod_says_that_mode(entries: list[AclEntry], mode: int) -> None:
     assert acl.permissions_of(acl.with_mode(entries, mode)) == mode & 0o777

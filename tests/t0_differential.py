@@ -1,5 +1,6 @@
 """The differential finds what it is for: two alike agree, every planted lie is caught and shown in a few calls."""
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -10,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from benchfs_fuse.testing.calls import CALLS, Call, Sut, Value, pattern
+from benchfs_fuse.testing.calls import CALLS, Call, Sut, Value, is_direct, pattern
 from benchfs_fuse.testing.differential import ALLOWANCES, DifferenceFoundError, check, reproduction, shrink
 from benchfs_fuse.testing.invent import invent
 from benchfs_fuse.testing.sides import Depth, Difference, Pair, Plan, SideFailedError
-from benchfs_fuse.testing.syscalls import RENAME_NOREPLACE, getdents64
+from benchfs_fuse.testing.syscalls import KEEP_SIZE, PUNCH_HOLE, RENAME_NOREPLACE, getdents64
 
 pytest_plugins = ("mounts",)
 
@@ -165,13 +166,137 @@ class NoreplaceReplaces(Sut):
         return super().renameat2(source, target, 0 if flags == RENAME_NOREPLACE else flags)
 
 
+class PunchKeeps(Sut):
+    """A hole is not punched."""
+
+    def fallocate(self, slot: int, mode: int, offset: int, length: int) -> Value:
+        punches = mode == PUNCH_HOLE | KEEP_SIZE
+        return super().fallocate(slot, KEEP_SIZE if punches else mode, offset, length)
+
+
+class AllocationForgetsSize(Sut):
+    """An allocation leaves the size."""
+
+    def fallocate(self, slot: int, mode: int, offset: int, length: int) -> Value:
+        return super().fallocate(slot, mode or KEEP_SIZE, offset, length)
+
+
+class PretendsToAllocate(Sut):
+    """A way of fallocate that nobody knows succeeds, and does nothing."""
+
+    def fallocate(self, slot: int, mode: int, offset: int, length: int) -> Value:
+        try:
+            return super().fallocate(slot, mode, offset, length)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                return None
+            raise
+
+
+class PosixAllocatesLess(Sut):
+    """posix_fallocate leaves the last byte out."""
+
+    def posix_fallocate(self, slot: int, offset: int, length: int) -> Value:
+        return super().posix_fallocate(slot, offset, length - 1 if length > 1 else length)
+
+
+class DataIsPassedOver(Sut):
+    """A seek of data finds what comes behind the next hole."""
+
+    def seek(self, fd: int, offset: int, whence: int) -> int:
+        if whence == os.SEEK_DATA:
+            offset = super().seek(fd, offset, os.SEEK_HOLE)
+        return super().seek(fd, offset, whence)
+
+
+class HoleIsAnywhere(Sut):
+    """A seek of a hole finds one where it begins."""
+
+    def seek(self, fd: int, offset: int, whence: int) -> int:
+        found = super().seek(fd, offset, whence)
+        return os.lseek(fd, offset, os.SEEK_SET) if whence == os.SEEK_HOLE else found
+
+
+class CopiesTheNextByte(Sut):
+    """A copy begins a byte late."""
+
+    def copy_file_range(self, slot: int, offset: int, other: int, other_offset: int, length: int) -> Value:
+        return super().copy_file_range(slot, offset + 1, other, other_offset, length)
+
+
+class LosesMappings(Sut):
+    """What a mapping writes is lost."""
+
+    def map_write(self, slot: int, length: int, fill: int, offset: int) -> Value:
+        before = self.pread(slot, length, offset) if length and offset >= 0 and not is_direct(self.fd(slot)) else b""
+        answer = super().map_write(slot, length, fill, offset)
+        if isinstance(before, bytes):
+            os.pwrite(self.fd(slot), before, offset)
+        return answer
+
+
+class LocksNothing(Sut):
+    """flock always succeeds."""
+
+    def flock(self, slot: int, operation: int) -> Value:
+        with contextlib.suppress(BlockingIOError):
+            super().flock(slot, operation)
+        return None
+
+
+class LocksTooMuch(Sut):
+    """A lock of bytes is one of the whole file."""
+
+    def setlk(self, slot: int, kind: int, start: int, length: int, ofd: int) -> Value:
+        whole = start > 0 and length > 0
+        return super().setlk(slot, kind, 0 if whole else start, 0 if whole else length, ofd)
+
+
+class KeepsLocks(Sut):
+    """A lock that was given back stays."""
+
+    def setlk(self, slot: int, kind: int, start: int, length: int, ofd: int) -> Value:
+        return None if kind == fcntl.F_UNLCK else super().setlk(slot, kind, start, length, ofd)
+
+
+class InheritsNothing(Sut):
+    """A default ACL is not handed down."""
+
+    def mkdir(self, path: bytes, mode: int) -> Value:
+        super().mkdir(path, mode)
+        with contextlib.suppress(OSError):
+            os.removexattr(path, "system.posix_acl_default")
+        return None
+
+
+class RefusesUnnamed(Sut):
+    """O_TMPFILE is refused."""
+
+    def open_unnamed(self, path: bytes, flags: int, mode: int) -> Value:
+        super().open_unnamed(path, flags, mode)
+        raise OSError(errno.EOPNOTSUPP, "refused")
+
+
 ANSWERS = [
+    (PunchKeeps, {"answer", "content", "allocated"}),
+    (AllocationForgetsSize, {"answer", "size", "content", "allocated"}),
+    (PretendsToAllocate, {"answer"}),
+    (PosixAllocatesLess, {"answer", "size", "content", "allocated"}),
+    (DataIsPassedOver, {"answer", "position"}),
+    (HoleIsAnywhere, {"answer", "position"}),
+    (CopiesTheNextByte, {"answer", "content", "size"}),
+    (LosesMappings, {"answer", "content"}),
+    (LocksNothing, {"answer"}),
+    (LocksTooMuch, {"answer"}),
+    (KeepsLocks, {"answer"}),
+    (InheritsNothing, {"answer", "xattr system.posix_acl_default"}),
+    (RefusesUnnamed, {"answer"}),
     (WrongErrno, {"answer"}),
     (WrongByte, {"answer", "content"}),
     (LostTruncate, {"size", "answer", "content", "allocated"}),
     (OldBytesReturn, {"answer", "content"}),
     (StaleSize, {"answer"}),
-    (LinkIsCopy, {"nlink", "same inode as", "answer", "allocated"}),
+    (LinkIsCopy, {"nlink", "mode", "same inode as", "answer", "allocated"}),
     (SeekSkips, {"answer"}),
     (KeepsSetuid, {"mode", "answer"}),
     (ForgetsXattrFlags, {"answer"}),
@@ -185,23 +310,31 @@ TIMES = [
 LIES = [(lie, fields, Depth.ANSWERS) for lie, fields in ANSWERS] + [(lie, fields, Depth.TIMES) for lie, fields in TIMES]
 
 
-def smallest_difference(pair: Pair, depth: Depth) -> tuple[Plan, Difference]:
+def smallest_difference(pair: Pair, depth: Depth, about: str) -> tuple[Plan, Difference]:
     for seed in SEEDS:
-        plan = replace(invent(seed, CALLS_PER_RUN), depth=depth)
+        plan = replace(invent(seed, CALLS_PER_RUN, about=about), depth=depth)
         found = pair.run(plan)
         if found is not None:
             return shrink(plan, found, pair.run)
     pytest.fail("the lie was not found out")
 
 
-@pytest.mark.parametrize(("lie", "fields", "depth"), LIES, ids=[lie.__name__ for lie, _, _ in LIES])
+#: Lies that take seconds to find and shrink each.
+DEAR = (LocksNothing, AppendsWhereItWas, AllocationForgetsSize, HoleIsAnywhere, PunchKeeps, LinkIsCopy, SeekSkips)
+
+
+@pytest.mark.parametrize(
+    ("lie", "fields", "depth"),
+    [pytest.param(*one, id=one[0].__name__, marks=[pytest.mark.slow] if one[0] in DEAR else []) for one in LIES],
+)
 def test_a_lie_is_caught_and_shown_in_few_calls(
     plain_dir: Path, reference: Path, lie: type[Sut], fields: set[str], depth: Depth
 ) -> None:
     with Pair(plain_dir, reference, left_sut=lie) as pair:
-        plan, difference = smallest_difference(pair, depth)
+        about = next((name for name in vars(lie) if name in CALLS), "seek_space")
+        plan, difference = smallest_difference(pair, depth, about)
         assert difference.field in fields
-        assert len(plan.calls) <= 5
+        assert len(plan.calls) <= 6
         assert pair.run(plan) == difference
     with Pair(plain_dir, reference) as pair:
         assert pair.run(plan) is None
@@ -244,6 +377,13 @@ def test_what_holds_the_temporary_files_agrees_with_tmpfs(tmp_path: Path, refere
         ("now", ("chmod", "mtime to ctime", "<", "=")),
         ("now", ("utimensat", "mtime", "same", "later")),
         ("chown-nothing", ("chown", "ctime", "same", "later")),
+        ("unnamed", ("open", "answer", "<ENOTSUP>", None)),
+        ("unnamed", ("open_unnamed", "answer", "<EACCES>", None)),
+        ("ofd-pid", ("getlk", "answer", (1, 0, 0, False), (1, 0, 0, True))),
+        ("ofd-pid", ("getlk", "answer", (1, 0, 0, True), (0, 0, 0, False))),
+        ("ofd-pid", ("getlk", "answer", (1, 0, 0, True), (2, 0, 0))),
+        ("map-times", ("pwrite", "mtime", "same", "later")),
+        ("map-times", ("map_write", "size", 0, 1)),
         ("set-id", ("pwrite", "mode", "0o4755", "0o4711")),
     ],
 )
@@ -266,7 +406,7 @@ def test_nothing_is_left_behind(plain_dir: Path, reference: Path) -> None:
 
 class Hangs(Sut):
     def mkdir(self, path: bytes, mode: int) -> Value:
-        time.sleep(3)
+        time.sleep(60)
         return None
 
 
@@ -275,11 +415,13 @@ class Dies(Sut):
         os._exit(1)
 
 
-@pytest.mark.parametrize(("lie", "words"), [(Hangs, "no answer"), (Dies, "process ended")])
-def test_a_call_that_never_answers_is_named(plain_dir: Path, reference: Path, lie: type[Sut], words: str) -> None:
+@pytest.mark.parametrize(("lie", "words", "deadline_s"), [(Hangs, "no answer", 3), (Dies, "process ended", 60)])
+def test_a_call_that_never_answers_is_named(
+    plain_dir: Path, reference: Path, lie: type[Sut], words: str, deadline_s: float
+) -> None:
     plan = Plan((Call("stat", (b"/", 1)), Call("mkdir", (b"a", 0o755))), Depth.ANSWERS)
     with (
-        Pair(plain_dir, reference, left_sut=lie, deadline_s=1) as pair,
+        Pair(plain_dir, reference, left_sut=lie, deadline_s=deadline_s) as pair,
         pytest.raises(SideFailedError, match=f"left: {words}.* call 1.*mkdir"),
     ):
         pair.run(plan)

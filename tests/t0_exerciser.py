@@ -1,5 +1,6 @@
 """The exerciser finds what it is for: an honest file passes, every planted lie is caught and named."""
 
+import mmap
 import os
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from benchfs_fuse.testing.exerciser import (
     exercise_regions,
     main,
 )
+from benchfs_fuse.testing.syscalls import KEEP_SIZE, PUNCH_HOLE
 
 pytest_plugins = ("mounts",)
 
@@ -85,6 +87,51 @@ class LostMapping(FileIo):
             super().map_write(fd, data, offset)
 
 
+class KeptMappingLoses(FileIo):
+    """What was written by a mapping that has been there for a while is lost."""
+
+    def view_write(self, view: mmap.mmap, data: bytes, offset: int) -> None:
+        pass
+
+
+class PunchesNothing(FileIo):
+    """A hole is not punched."""
+
+    def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        super().fallocate(fd, KEEP_SIZE if mode & PUNCH_HOLE else mode, offset, length)
+
+
+class PunchesTooFar(FileIo):
+    """A punch takes a page too many."""
+
+    def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        super().fallocate(fd, mode, offset, length + 4096 * bool(mode & PUNCH_HOLE))
+
+
+class AllocatesLess(FileIo):
+    """An allocation leaves the size."""
+
+    def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        super().fallocate(fd, mode | KEEP_SIZE, offset, length)
+
+
+class CopiesShifted(FileIo):
+    """A copy begins a byte late."""
+
+    def copy(self, fd: int, offset: int, target_offset: int, length: int) -> int:
+        return super().copy(fd, offset, target_offset + 1, length - 1) + 1 if length > 1 else length
+
+
+class PassesDataOver(FileIo):
+    """There is no data in the second MiB."""
+
+    def seek(self, fd: int, offset: int, whence: int) -> int | None:
+        found = super().seek(fd, offset, whence)
+        if whence == os.SEEK_DATA and found is not None and 1 << 20 <= found < 2 << 20:
+            return super().seek(fd, 2 << 20, whence)
+        return found
+
+
 class AppendsOverwrite(FileIo):
     """An append goes a byte before the end."""
 
@@ -147,11 +194,26 @@ class DirectTearsPages(FileIo):
 
 
 @pytest.mark.parametrize(
-    "lie", [WrongAtBoundary, OffByOne, LostTruncate, OldBytesReturn, StaleSize, LostMapping, AppendsOverwrite]
+    "lie",
+    [
+        WrongAtBoundary,
+        OffByOne,
+        LostTruncate,
+        OldBytesReturn,
+        StaleSize,
+        LostMapping,
+        AppendsOverwrite,
+        KeptMappingLoses,
+        PunchesNothing,
+        PunchesTooFar,
+        AllocatesLess,
+        CopiesShifted,
+        PassesDataOver,
+    ],
 )
 def test_a_lie_is_caught(plain_dir: Path, lie: type[FileIo]) -> None:
-    with pytest.raises(WrongByteError, match=r"seed 3, operation \d+: (byte|size)(.|\n)*last operations:\n"):
-        Exerciser([plain_dir / "file"], 3, io=lie()).run(OPS)
+    with pytest.raises(WrongByteError, match=r"seed 3, operation \d+: (bytes?|size|seek)(.|\n)*last operations:\n"):
+        Exerciser([plain_dir / "file"], 3, io=lie()).run(2 * OPS)
 
 
 def test_a_stale_read_at_the_other_mount_is_caught(plain_dir: Path) -> None:

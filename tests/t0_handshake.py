@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from contextlib import suppress
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchfs_fuse.errors import AuthenticationFailed, ProtocolError
+from benchfs_fuse.limits import HANDSHAKE_MESSAGE_MAX
 from benchfs_fuse.rpc import handshake
 from benchfs_fuse.rpc.handshake import Card, Handshake, Role
 
@@ -199,7 +201,7 @@ def test_a_proven_card_of_any_bytes_gives_a_refusal(kind: int, payload: bytes) -
 
 def test_a_message_too_long_is_refused_before_it_came() -> None:
     with pytest.raises(ProtocolError):
-        server().receive(handshake._HEADER.pack(b"BFSH", 1, handshake.MESSAGE_MAX + 1))
+        server().receive(handshake._HEADER.pack(b"BFSH", 1, HANDSHAKE_MESSAGE_MAX + 1))
 
 
 def test_a_strangers_refusal_cannot_write_to_the_terminal() -> None:
@@ -209,3 +211,32 @@ def test_a_strangers_refusal_cannot_write_to_the_terminal() -> None:
         here.receive(there.to_send())
     assert str(caught.value).startswith("the other side refused: no?[31m way?xxx")
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"client_id": number} for number in (-1, 1 << 63, (1 << 64) - 1)),
+        *({"daemon_id": number} for number in (-2, 256, 1 << 40)),
+        *({"pid": number} for number in (-1, 1 << 31)),
+        *({"host": host} for host in ("a\nb", "\x1b[31m", "x" * 256)),
+        *({"boot_id": word} for word in ("\n", "x" * 256)),
+        {"shares": "x" * 2000},
+    ],
+)
+def test_a_proven_card_that_nobody_can_have_is_refused(changes: dict[str, int | str]) -> None:
+    card = msgspec.structs.replace(CLIENT_CARD, **changes)
+    with pytest.raises(ProtocolError, match="damaged card"):
+        Talk(Handshake(Role.CLIENT, SECRET, CLUSTER, card), server()).run()
+
+
+def test_a_proven_card_that_is_nested_deeply_is_refused() -> None:
+    here, there = client(), server()
+    there.receive(here.to_send())
+    here.receive(there.to_send())
+    here.to_send()
+    here._transcript = there._transcript.copy()
+    payload = b"\x91" * 8000
+    proof = here._proof(Role.CLIENT, handshake._Kind.CARD, payload)
+    with pytest.raises(ProtocolError):
+        there.receive(handshake._HEADER.pack(b"BFSH", 2, len(proof + payload)) + proof + payload)

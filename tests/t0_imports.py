@@ -29,12 +29,28 @@ class Room(NamedTuple):
 ROOMS = {
     "pure": Room(
         modules=(
-            *("", "chunks", "kv", "rpc", "services", "testing"),  # the packages' own __init__: docstrings
-            *("model", "limits", "errors", "layout", "acl", "disk", "hooks"),
-            *("rpc.messages", "rpc.frames", "rpc.handshake"),
+            *(
+                "",
+                "bench",
+                "chunks",
+                "kv",
+                "rpc",
+                "services",
+                "testing",
+                "torture",
+            ),  # the packages' own __init__: docstrings
+            *("model", "limits", "errors", "layout", "acl", "privileges", "disk", "hooks", "comparison"),
+            *("observe", "observe.durations", "observe.spans", "observe.timeline", "observe.perfetto"),
+            *("rpc.messages", "rpc.frames", "rpc.handshake", "bench.samples"),
+            *("torture.manifest", "torture.shared"),
         ),
         rooms=("pure",),
         packages=("msgspec",),
+    ),
+    "instruments": Room(  # clocks and counters in the way of every operation
+        modules=("observe.recording", "observe.seldom", "observe.statistics"),
+        rooms=("pure", "instruments"),
+        packages=(),
     ),
     "ports": Room(
         modules=("ports", "rpc.network"),
@@ -48,8 +64,13 @@ ROOMS = {
     ),
     "services": Room(
         modules=("services.*", "rpc.client", "rpc.server"),
-        rooms=("pure", "ports", "services"),
+        rooms=("pure", "instruments", "ports", "services"),
         packages=("trio", "msgspec"),
+    ),
+    "lossy": Room(  # a disk that loses power, under real daemons
+        modules=("testing.lossy_fs", "testing.lossy_operations"),
+        rooms=("pure", "twins", "companion", "front", "machine", "lossy"),
+        packages=("trio", "pyfuse3"),
     ),
     "twins": Room(
         modules=("testing.*", "*.memory", "chunks.faulty"),
@@ -57,32 +78,76 @@ ROOMS = {
         packages=("trio", "msgspec"),
     ),
     "adapters": Room(
-        modules=("rpc.ucx", "rpc.meeting", "chunks.*", "kv.rocks"),
-        rooms=("pure", "ports", "shared", "same package"),
+        modules=("rpc.ucx", "rpc.meeting", "rpc.addresses", "chunks.*", "kv.rocks"),
+        rooms=("pure", "instruments", "ports", "shared", "same package"),
         packages=("trio", "msgspec", "ucxx", "liburing", "rocksdict"),
     ),
+    "companion": Room(  # the C library that completes libfuse, and its binding
+        modules=("companion",),
+        rooms=("pure",),
+        packages=(),
+    ),
     "front": Room(  # adapters that call the services, where the others are called by them
-        modules=("fuse",),
-        rooms=("pure", "ports", "services"),
+        modules=("fuse", "callers", "extras", "interrupts"),
+        rooms=("pure", "instruments", "ports", "services", "companion", "front"),
         packages=("trio", "msgspec", "pyfuse3"),
     ),
     "machine": Room(  # this host's processes and files: what roots share
         modules=(
-            *("config", "control", "datadir", "holders", "kernel_mounts", "mountpoints", "processes", "registry"),
-            "runtime",
+            *(
+                "config",
+                "control",
+                "datadir",
+                "holders",
+                "kernel_mounts",
+                "mountpoints",
+                "observe.kernel",
+                "processes",
+                "registry",
+            ),
+            *("runtime", "scheduling"),
         ),
         rooms=("pure", "machine"),
         packages=("trio", "msgspec"),
     ),
     "roots": Room(
-        modules=("mount", "daemon", "cli", "commands", "commands.*", "mount_helper", "client", "doctor", "quickcheck"),
-        rooms=("pure", "ports", "shared", "services", "twins", "adapters", "front", "machine", "roots"),
+        modules=(
+            "mount",
+            "daemon",
+            "cli",
+            "commands",
+            "commands.*",
+            "mount_helper",
+            "client",
+            "doctor",
+            "quickcheck",
+            "telling",
+        ),
+        rooms=(
+            *("pure", "ports", "shared", "services", "twins", "adapters", "companion", "front", "machine", "roots"),
+            *("instruments", "bench", "torture"),
+        ),
+        packages=("trio", "msgspec", "rich", "matplotlib"),
+    ),
+    "torture": Room(  # what runs clusters to hurt them: processes, from outside
+        modules=("torture.*",),
+        rooms=("pure", "twins", "machine", "roots", "torture"),
+        packages=(),
+    ),
+    "bench": Room(  # what measures: it uses whatever it measures
+        modules=("bench.*",),
+        rooms=(
+            *("pure", "ports", "shared", "services", "twins", "adapters", "companion", "front", "machine", "roots"),
+            *("instruments", "bench"),
+        ),
         packages=("trio", "msgspec", "rich", "matplotlib"),
     ),
 }
 
-#: Each binding has one importer, roots included: what else depends on it depends on a port.
+#: Each binding has one importer, roots included: what else depends on it depends on a port. The floor under a mount is
+#: a second file system of its own, the disk that loses power a third.
 ONLY_IMPORTER = {"pyfuse3": "fuse", "ucxx": "rpc.ucx", "liburing": "chunks.uring", "rocksdict": "kv.rocks"}
+OTHER_IMPORTERS = {"pyfuse3": ("bench.memory_operations", "testing.lossy_operations")}
 
 #: No I/O and no clock in the pure core; no I/O of their own in the services.
 BANNED_IN = {
@@ -140,7 +205,7 @@ def violations_of(source: Path) -> list[str]:
                 if there not in room.rooms and not (there == home and sibling):
                     found.append(f"{module} ({home}) imports {below} ({there or 'no room'})")
             elif top in ONLY_IMPORTER:
-                if module != ONLY_IMPORTER[top]:
+                if module not in (ONLY_IMPORTER[top], *OTHER_IMPORTERS.get(top, ())):
                     found.append(f"{module} ({home}) imports {top}: only {ONLY_IMPORTER[top]} may")
             elif top in sys.stdlib_module_names:
                 if top in BANNED_IN.get(home, ()):

@@ -39,17 +39,19 @@ def file_of(ino: int, **values: int) -> Inode:
 def test_an_inode_is_read_as_it_was_written(attrs: list[int], entries: int, cookie: int, xattr_size: int) -> None:
     store = MemoryStore()
     inodes = inodes_over(store)
-    inode = Inode.of(Attrs(*attrs))
+    known = Attrs(**dict(zip(Attrs.__struct_fields__, attrs, strict=False)), xattrs=xattr_size > 0)
+    inode = Inode.of(known)
     inode.entries, inode.next_cookie, inode.xattr_size = entries, cookie, xattr_size
     draft = inodes.draft()
     draft.add(inode)
     draft.write()
     assert inodes.find(inode.ino) == inode
-    assert inode.attrs() == Attrs(*attrs)
+    assert inode.attrs() == known
 
 
 def test_the_attributes_come_first_in_an_inode() -> None:
-    assert Inode.__struct_fields__[: len(Attrs.__struct_fields__)] == Attrs.__struct_fields__
+    *stored, derived = Attrs.__struct_fields__
+    assert list(Inode.__struct_fields__[: len(stored)]) == stored and derived == "xattrs"
 
 
 @given(st.integers(0, 2**60), st.binary(min_size=1, max_size=255), st.integers(0, 2**60), st.integers(1, 2**40))
@@ -145,21 +147,41 @@ def test_no_number_is_given_twice_over_restarts_and_daemons() -> None:
             store = MemoryStore(store.contents())
 
 
-def test_numbers_are_reserved_in_blocks() -> None:
+def test_no_number_is_given_twice_over_a_power_cut_that_takes_reservations_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(records, "RESERVE_START", 5 * RESERVE)
+    store = MemoryStore()
+    given_: set[int] = set()
+    for _ in range(3):
+        inodes = inodes_over(store)
+        inodes.begin()
+        synced = store.contents()
+        for _ in range(9 * RESERVE):
+            ino = inodes.allocate(0)
+            assert ino not in given_
+            given_.add(ino)
+        store = MemoryStore(synced)
+
+
+def test_numbers_are_reserved_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "RESERVE_START", 5)
     store = MemoryStore()
     inodes = inodes_over(store)
-    for _ in range(RESERVE):
-        inodes.allocate(0)
-    assert store.writes == 1
-    inodes.allocate(0)
-    assert store.writes == 2
+    inodes.begin()
+    for writes, numbers in ((1, 5), (2, RESERVE), (3, 1)):
+        for _ in range(numbers):
+            inodes.allocate(0)
+        assert store.writes == writes
 
 
 def test_when_all_numbers_are_given_there_is_no_space() -> None:
     store = MemoryStore()
     store.write([(disk.COUNTER, ((1 << records.MAKER_SHIFT) - 1).to_bytes(8, "big"))])
+    inodes = inodes_over(store)
+    assert inodes.allocate(0) == (1 << records.MAKER_SHIFT) - 1
     with pytest.raises(NoSpace):
-        inodes_over(store).allocate(0)
+        inodes.allocate(0)
 
 
 # ── locks ────────────────────────────────────────────────────────────────────────────────────────────────────────────

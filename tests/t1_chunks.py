@@ -35,6 +35,8 @@ from benchfs_fuse.services.sessions import SessionTable
 from benchfs_fuse.testing.daemons import MemoryCluster, MemoryDaemon
 
 BLOCK = 4096
+#: A data range in blocks: chunk, first block, number of blocks.
+Piece = tuple[int, int, int]
 
 
 class Implementation(NamedTuple):
@@ -76,8 +78,8 @@ async def open_disk(directory: Path, plain: bool) -> AsyncIterator[ChunkStore]:
 class ChunksAlone:
     """Be the service of a daemon that serves chunks and nothing else."""
 
-    def __init__(self) -> None:
-        self.chunks = ChunkServer(MemoryChunkStore())
+    def __init__(self, daemon_id: int, peers: Peers) -> None:
+        self.chunks = ChunkServer(MemoryChunkStore(), daemon_id, peers)
 
     def handlers(self) -> Mapping[type[Request], AsyncHandler]:
         return self.chunks.handlers()
@@ -94,7 +96,7 @@ async def open_remote(directory: Path) -> AsyncIterator[ChunkStore]:
     """Reach the chunks of three daemons, as a fourth one: mounts may not trim."""
 
     def serve(daemon: MemoryDaemon, store: KeyValueStore, sessions: SessionTable, peers: Peers) -> ChunksAlone:
-        service = ChunksAlone()
+        service = ChunksAlone(daemon.daemon_id, peers)
         daemon.server.register({}, bulk=service.chunks.bulk())
         return service
 
@@ -233,6 +235,125 @@ async def test_old_bytes_never_come_back(store: ChunkStore, offset: int) -> None
     assert await content(store, CHUNK) == bytes(2 * BLOCK) + b"newer"
 
 
+async def ranges(
+    store: ChunkStore, ino: int = 77, *, index: int = 0, offset: int = 0, stop: int = 1 << 40
+) -> list[Piece]:
+    """List a file's data ranges in blocks, page after page of all sizes."""
+    pages = []
+    for count_max in (1, 3, 1000):
+        found: list[Piece] = []
+        at, within = index, offset
+        while True:
+            page = await store.map(ino, at, within, stop, count_max)
+            found += [(data.index, data.offset // BLOCK, data.length // BLOCK) for data in page.ranges]
+            if page.more is None:
+                break
+            assert page.more > at
+            at, within = page.more, 0
+        pages.append(found)
+    assert pages[0] == pages[1] == pages[2]
+    return pages[0]
+
+
+async def test_allocated_space_reads_as_zeros_and_counts(store: ChunkStore) -> None:
+    assert await store.allocate(CHUNK, BLOCK + 1, 2 * BLOCK) == 3 * BLOCK
+    assert await content(store, CHUNK) == bytes(3 * BLOCK + 1)
+    assert await store.allocate(CHUNK, 0, 100) == BLOCK
+    assert await store.allocate(CHUNK, 0, 4 * BLOCK) == 0
+    assert await store.write(CHUNK, 0, b"x" * 4 * BLOCK) == 0
+    assert await store.allocate(CHUNK, 0, 5 * BLOCK) == BLOCK
+    assert await content(store, CHUNK) == b"x" * 4 * BLOCK + bytes(BLOCK)
+    assert await store.trim(77, 3, 10) == (4 * BLOCK, BLOCK)
+
+
+async def test_allocated_zeros_replace_what_was_there(store: ChunkStore) -> None:
+    await store.write(CHUNK, 0, b"x" * 5 * BLOCK)
+    assert await store.allocate(CHUNK, 100, BLOCK, zero=True) == 0
+    expected = b"x" * 100 + bytes(BLOCK) + b"x" * (4 * BLOCK - 100)
+    assert await content(store, CHUNK) == expected
+    assert await store.allocate(CHUNK, 4 * BLOCK, 2 * BLOCK, zero=True) == BLOCK
+    assert await content(store, CHUNK) == expected[: 4 * BLOCK] + bytes(2 * BLOCK)
+    assert await store.allocate(ChunkId(77, 9), BLOCK, BLOCK, zero=True) == BLOCK
+    assert await content(store, ChunkId(77, 9)) == bytes(2 * BLOCK)
+
+
+async def test_a_punched_hole_is_zeros_and_frees_whole_blocks(store: ChunkStore) -> None:
+    assert await store.punch(CHUNK, 0, BLOCK) == 0
+    assert await content(store, CHUNK) == b""
+    await store.write(CHUNK, 0, b"x" * (5 * BLOCK + 10))
+    assert await store.punch(CHUNK, 1, 10) == 0
+    assert await store.punch(CHUNK, BLOCK - 1, BLOCK + 2) == BLOCK
+    assert await store.punch(CHUNK, BLOCK, BLOCK) == 0
+    expected = bytearray(b"x" * (5 * BLOCK + 10))
+    expected[1:11], expected[BLOCK - 1 : 2 * BLOCK + 1] = bytes(10), bytes(BLOCK + 2)
+    assert await content(store, CHUNK) == expected
+    assert await ranges(store) == [(3, 0, 1), (3, 2, 4)]
+    assert await store.punch(CHUNK, 4 * BLOCK, 100 * BLOCK) == 2 * BLOCK
+    expected[4 * BLOCK :] = bytes(BLOCK + 10)
+    assert await content(store, CHUNK) == expected
+    assert await store.punch(CHUNK, 50 * BLOCK, BLOCK) == 0
+    assert await store.punch(CHUNK, 0, 50 * BLOCK) == 3 * BLOCK
+    assert await content(store, CHUNK) == bytes(5 * BLOCK + 10)
+    assert await ranges(store) == []
+    assert await store.write(CHUNK, BLOCK, b"y") == BLOCK
+    assert await content(store, CHUNK, 0, BLOCK + 2) == bytes(BLOCK) + b"y\0"
+
+
+async def test_zeros_alone_are_given_back_on_request(store: ChunkStore) -> None:
+    assert await store.punch(CHUNK, 0, BLOCK, zeros_only=True) == 0
+    await store.allocate(CHUNK, 0, 600 * BLOCK)
+    await store.write(CHUNK, 3 * BLOCK + 5, b"x")
+    await store.write(CHUNK, 500 * BLOCK, b"y" * BLOCK)
+    assert await store.punch(CHUNK, 100, 10, zeros_only=True) == 0
+    assert await store.punch(CHUNK, 1, 598 * BLOCK, zeros_only=True) == 595 * BLOCK
+    assert await ranges(store) == [(3, 0, 1), (3, 3, 1), (3, 500, 1), (3, 598, 2)]
+    found = await content(store, CHUNK, 0, 700 * BLOCK)
+    assert found == bytes(3 * BLOCK + 5) + b"x" + bytes(497 * BLOCK - 6) + b"y" * BLOCK + bytes(99 * BLOCK)
+
+
+async def test_a_map_shows_what_has_space(store: ChunkStore) -> None:
+    assert await ranges(store) == []
+    for index in (0, 1, 2, 5, 900):
+        await store.write(ChunkId(77, index), 2 * BLOCK, b"x")
+        await store.allocate(ChunkId(77, index), 4 * BLOCK, 2 * BLOCK)
+    await store.write(ChunkId(77, 1), 0, b"x" * 2 * BLOCK)
+    await store.write(ChunkId(78, 3), 0, b"other")
+    everything = [
+        (0, 2, 1),
+        (0, 4, 2),
+        (1, 0, 3),
+        (1, 4, 2),
+        *((index, *run) for index in (2, 5, 900) for run in ((2, 1), (4, 2))),
+    ]
+    assert await ranges(store) == everything
+    assert await ranges(store, index=1) == everything[2:]
+    assert await ranges(store, index=1, offset=BLOCK) == everything[2:]
+    assert await ranges(store, index=1, offset=3 * BLOCK) == everything[3:]
+    assert await ranges(store, index=1, offset=4 * BLOCK) == everything[3:]
+    assert await ranges(store, index=1, offset=6 * BLOCK) == everything[4:]
+    assert await ranges(store, index=1, offset=6 * BLOCK - 1) == everything[3:]
+    assert await ranges(store, stop=5) == everything[:6]
+    assert await ranges(store, index=3, stop=5) == []
+    assert await ranges(store, index=901) == []
+
+
+async def test_a_map_of_many_chunks_comes_in_pages(store: ChunkStore) -> None:
+    for index in range(0, 1400, 2):
+        await store.allocate(ChunkId(77, index), 0, 1)
+    assert await ranges(store) == [(index, 0, 1) for index in range(0, 1400, 2)]
+    page = await store.map(77, 0, 0, 1 << 40, 10)
+    assert 10 <= len(page.ranges) < 100 and page.more is not None
+
+
+async def test_blocks_of_a_large_chunk_are_freed_whole(store: ChunkStore) -> None:
+    await store.write(CHUNK, 8 * MIB - 1, b"x")
+    await store.write(CHUNK, 0, b"x" * 4 * BLOCK)
+    assert await store.punch(CHUNK, BLOCK, 2 * BLOCK) == 0
+    assert await store.punch(CHUNK, BLOCK, 3 * BLOCK) == 2 * BLOCK
+    assert await content(store, CHUNK, 0, 5 * BLOCK) == b"x" * BLOCK + bytes(4 * BLOCK)
+    assert await store.allocate(CHUNK, 3 * BLOCK, 1) == 2 * BLOCK
+
+
 async def test_drop_takes_all_chunks_of_many_files(store: ChunkStore) -> None:
     inos = [1, 2, (5 << 48) + 1, (1 << 60) - 1]
     for ino in inos:
@@ -293,7 +414,7 @@ async def test_writers_side_by_side_add_up(store: ChunkStore) -> None:
     assert await store.drop([77]) == total
 
 
-async def test_writes_trims_and_reads_side_by_side_leave_a_right_count(store: ChunkStore) -> None:
+async def test_changes_of_all_kinds_and_reads_side_by_side_leave_a_right_count(store: ChunkStore) -> None:
     """Each block of each writer is its own byte or zero, nothing else, and the growth adds up with what was freed."""
     total = 0
 
@@ -311,6 +432,10 @@ async def test_writes_trims_and_reads_side_by_side_leave_a_right_count(store: Ch
         for turn in range(20):
             if turn % 7 == 6:
                 freed = await store.drop([77])
+            elif turn % 7 == 5:
+                freed = await store.punch(ChunkId(77, turn % 3), turn * 100, 4 * BLOCK)
+            elif turn % 7 == 4:
+                freed = -await store.allocate(ChunkId(77, turn % 3), turn * 100, 4 * BLOCK, zero=True)
             else:
                 freed = (await store.trim(77, turn % 3, turn % 5 * BLOCK + turn)).freed
             total -= freed
@@ -348,6 +473,27 @@ class Model:
         bytes_[offset : offset + len(data)] = data
         blocks.update(range(offset // BLOCK, (offset + len(data) - 1) // BLOCK + 1))
 
+    def allocate(self, chunk: ChunkId, offset: int, length: int, zero: bool) -> None:
+        known = bytes(self.chunks.get(chunk, (b"", set()))[0])[offset : offset + length]
+        self.write(chunk, offset, bytes(length) if zero else known.ljust(length, b"\0"))
+
+    def punch(self, chunk: ChunkId, offset: int, length: int) -> None:
+        if chunk in self.chunks:
+            bytes_, blocks = self.chunks[chunk]
+            end = max(offset, min(len(bytes_), offset + length))
+            bytes_[offset:end] = bytes(end - offset)
+            blocks -= set(range(-(-offset // BLOCK), (offset + length) // BLOCK))
+
+    def ranges(self, ino: int) -> list[Piece]:
+        found: list[Piece] = []
+        for chunk, (_, blocks) in sorted(self.chunks.items()):
+            for block in sorted(blocks) if chunk.ino == ino else []:
+                if found and found[-1][0] == chunk.index and sum(found[-1][1:]) == block:
+                    found[-1] = (*found[-1][:2], found[-1][2] + 1)
+                else:
+                    found.append((chunk.index, block, 1))
+        return found
+
     def trim(self, ino: int, index: int, offset: int) -> None:
         for chunk in [chunk for chunk in self.chunks if chunk.ino == ino and chunk.index > index]:
             del self.chunks[chunk]
@@ -368,6 +514,7 @@ OPERATIONS = st.lists(
     st.one_of(
         st.tuples(st.just("write"), INOS, INDEXES, OFFSETS, LENGTHS),
         st.tuples(st.just("read"), INOS, INDEXES, OFFSETS, LENGTHS),
+        st.tuples(st.sampled_from(["allocate", "zero", "punch"]), INOS, INDEXES, OFFSETS, LENGTHS.filter(bool)),
         st.tuples(st.just("trim"), INOS, INDEXES, OFFSETS, st.just(0)),
         st.tuples(st.just("drop"), INOS, st.booleans().map(int), st.just(0), st.just(0)),
         st.tuples(st.just("sync"), INOS, st.just(0), st.just(0), st.just(0)),
@@ -391,6 +538,12 @@ async def apply(store: ChunkStore, model: Model, operation: Operation, fill: int
         expected = model.chunks.get(chunk, (b"", set()))[0][offset : offset + length]
         assert await content(store, chunk, offset, length) == expected
         change = 0
+    elif name in ("allocate", "zero"):
+        change = await store.allocate(chunk, offset, length, zero=name == "zero")
+        model.allocate(chunk, offset, length, name == "zero")
+    elif name == "punch":
+        change = -await store.punch(chunk, offset, length)
+        model.punch(chunk, offset, length)
     elif name == "trim":
         trimmed = await store.trim(ino, index, offset)
         model.trim(ino, index, offset)
@@ -430,6 +583,8 @@ def test_behaves_like_plain_bytes(implementation: Implementation, operations: li
                     for chunk, (expected, _) in model.chunks.items():
                         assert await content(store, chunk, 0, len(expected) + 1) == expected
                     assert total == model.allocated()
+                    for ino in {chunk.ino for chunk in model.chunks}:
+                        assert await ranges(store, ino) == model.ranges(ino)
 
     trio.run(run)
 

@@ -7,14 +7,17 @@ import stat
 from collections.abc import Awaitable, Callable
 from typing import cast
 
+import msgspec
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
-from whole import CHUNK, Whole, whole_cluster
+from whole import CHUNK, Client, Whole, whole_cluster
 
 from benchfs_fuse.chunks.faulty import Rates
+from benchfs_fuse.client import File
 from benchfs_fuse.errors import (
     BadHandle,
+    DaemonUnreachable,
     Exists,
     FileTooLarge,
     InvalidArgument,
@@ -26,13 +29,15 @@ from benchfs_fuse.errors import (
     NotEmpty,
     NotFound,
     Stale,
+    StorageError,
     SymlinkLoop,
 )
 from benchfs_fuse.layout import ShardMap
 from benchfs_fuse.limits import FILE_SIZE_MAX, MIB, NAME_MAX
 from benchfs_fuse.model import Attrs, DaemonId, make_ino
-from benchfs_fuse.ports import Ending
+from benchfs_fuse.ports import Channel, Ending, Reply
 from benchfs_fuse.rpc.client import Links
+from benchfs_fuse.rpc.memory import MemoryChannel
 from benchfs_fuse.rpc.messages import (
     Append,
     AttrsReply,
@@ -42,6 +47,7 @@ from benchfs_fuse.rpc.messages import (
     Lookup,
     Make,
     Open,
+    OpenCount,
     ReadChunk,
     Release,
     Request,
@@ -49,9 +55,11 @@ from benchfs_fuse.rpc.messages import (
     SyncChunks,
     SyncMeta,
     Touch,
+    TrimChunks,
     WriteChunk,
     WriteChunkReply,
 )
+from benchfs_fuse.services.calls import Call
 from benchfs_fuse.services.files import open_files
 from benchfs_fuse.services.known import Known
 from benchfs_fuse.services.namespace import Namespace
@@ -117,6 +125,15 @@ async def test_a_long_listing_comes_in_pages() -> None:
         (lambda fs: fs.open("/loop", os.O_NOFOLLOW), SymlinkLoop),
         (lambda fs: fs.open("/d"), IsADirectory),
         (lambda fs: fs.open("/f", os.O_CREAT | os.O_EXCL), Exists),
+        (lambda fs: fs.open("/", RW | os.O_EXCL), Exists),
+        (lambda fs: fs.open("/loop", RW | os.O_EXCL), Exists),
+        (lambda fs: fs.open("/f/x", RW | os.O_EXCL), NotADirectory),
+        (lambda fs: fs.mkdir("/f/x"), NotADirectory),
+        (lambda fs: fs.mkdir("/loop"), Exists),
+        (lambda fs: fs.mkdir("/"), Exists),
+        (lambda fs: fs.remove("/f/x"), NotADirectory),
+        (lambda fs: fs.remove("/none"), NotFound),
+        (lambda fs: fs.rmdir("/none/x"), NotFound),
         (lambda fs: fs.open("/none"), NotFound),
         (lambda fs: fs.readlink("/f"), InvalidArgument),
         (lambda fs: fs.getxattr("/f", b"user.none"), NoAttribute),
@@ -134,6 +151,20 @@ async def test_what_cannot_be_done_says_why(
         await (await one.fs.open("/f", RW)).close()
         with pytest.raises(error):
             await operation(one.fs)
+
+
+async def test_a_new_name_is_not_looked_up_first() -> None:
+    async with whole_cluster(1) as whole, whole.client() as one:
+        await one.fs.mkdir("/d")
+        before = dict(whole.cluster.daemons[0].server.requests)
+        file = await one.fs.open("/a", RW | os.O_EXCL)
+        await one.fs.mkdir("/b")
+        await one.fs.symlink("x", "/d/c")
+        await one.fs.remove("/d/c")
+        after = whole.cluster.daemons[0].server.requests
+        grown = {name: count - before.get(name, 0) for name, count in after.items() if count != before.get(name, 0)}
+        assert grown == {"Make": 3, "Unlink": 1, "Lookup": 2}
+        await file.close()
 
 
 async def test_dots_and_links_in_paths() -> None:
@@ -288,6 +319,21 @@ async def test_appends_of_two_mounts_lose_nothing() -> None:
         assert sorted(lines) == sorted(b"%03d %03d" % (number, line) for number in range(6) for line in range(20))
 
 
+async def test_an_append_follows_what_was_gathered_behind_a_truncation_elsewhere() -> None:
+    """The size that the mount knows is older than the truncation, and larger than what it wrote."""
+    async with whole_cluster(2) as whole, whole.client() as one, whole.client() as two:
+        file = await one.fs.open("/f", os.O_RDWR | os.O_CREAT)
+        await file.write(b"x" * 1000, 0)
+        await file.fsync()
+        appending = await one.fs.open("/f", os.O_WRONLY | os.O_APPEND)
+        await two.fs.setattr("/f", size=10)
+        await file.write(b"first", 100)
+        await appending.write(b"second", 0)
+        assert await file.read(2000, 0) == b"x" * 10 + bytes(90) + b"firstsecond"
+        await appending.close()
+        await file.close()
+
+
 async def test_an_append_follows_what_the_same_mount_has_gathered() -> None:
     async with whole_cluster(2) as whole, whole.client() as one:
         plain = await one.fs.open("/f", RW)
@@ -410,6 +456,66 @@ async def test_fsync_reaches_the_daemons_of_the_chunks_and_of_the_inode() -> Non
         assert whole.network.calls[SyncChunks.op] == 7
 
 
+async def test_an_fsync_waits_for_the_one_that_took_its_bytes() -> None:
+    async with whole_cluster(1) as whole, whole.client() as one, await one.fs.open("/f", RW) as file:
+        await file.write(b"x", 0)
+        await one.files.drain()
+        whole.chunks[0].hold = trio.Event()
+        ended: list[int] = []
+
+        async def fsync(number: int) -> None:
+            await file.fsync()
+            ended.append(number)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(2):
+                nursery.start_soon(fsync, number)
+                await wait_all_tasks_blocked()
+            assert not ended
+            whole.chunks[0].hold.set()
+            whole.chunks[0].hold = None
+        assert sorted(ended) == [0, 1]
+
+
+async def test_a_flush_waits_for_what_is_being_published() -> None:
+    async with whole_cluster(1) as whole, whole.client() as one, trio.open_nursery() as nursery:
+        handle = await one.files.create(1, b"f", 0o600, 0, 0, os.O_RDWR)
+        await one.files.write(handle, 0, b"x")
+        await handle.node.writing.settle_all()
+        whole.network.partition(whole.cluster.daemons[0].node, one.node)
+        nursery.start_soon(one.files.drain)
+        await wait_all_tasks_blocked()
+        assert whole.network.calls[CommitWrite.op] == 1
+        flushed = trio.Event()
+
+        async def flush() -> None:
+            await one.files.flush(handle)
+            flushed.set()
+
+        nursery.start_soon(flush)
+        await wait_all_tasks_blocked()
+        assert not flushed.is_set()
+        whole.network.heal(whole.cluster.daemons[0].node, one.node)
+        await flushed.wait()
+        assert whole.network.calls[CommitWrite.op] == 1
+
+
+async def test_what_a_disk_has_lost_is_reported_once_to_every_handle() -> None:
+    async with whole_cluster(1) as whole, whole.client() as one:
+        syncing, other = await one.fs.open("/f", RW), await one.fs.open("/f", os.O_RDWR)
+        await other.write(b"x", 0)
+        await one.files.drain()
+        whole.chunks[0].rates = Rates(failure=1.0)
+        with pytest.raises(StorageError):
+            await syncing.fsync()
+        whole.chunks[0].rates = Rates()
+        with pytest.raises(StorageError):
+            await other.fsync()
+        await other.fsync()
+        await other.close()
+        await syncing.close()
+
+
 async def test_a_handle_for_synchronous_writes_syncs_each() -> None:
     async with whole_cluster(1) as whole, whole.client() as one, await one.fs.open("/f", RW | os.O_DSYNC) as file:
         await file.write(b"x", 0)
@@ -501,6 +607,130 @@ async def test_handles_of_a_client_that_was_expelled_are_stale() -> None:
             await file.close()
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda file: file.read(1, 0),
+        lambda file: file.write(b"x", 0),
+        lambda file: file.truncate(0),
+        lambda file: file.fallocate(0, 1),
+        lambda file: file.seek_data(0),
+        lambda file: file.seek_hole(0),
+        lambda file: file.copy_range(0, file, 1, 1),
+        lambda file: file.stat(),
+        lambda file: file.fsync(),
+        lambda file: file.lock(),
+        lambda file: file.unlock(),
+    ],
+)
+async def test_a_file_that_was_closed_is_of_no_use(use: Callable[[File], Awaitable[object]]) -> None:
+    async with whole_cluster(1) as whole, whole.client() as one:
+        file, other = await one.fs.open("/f", RW), await one.fs.open("/f", os.O_RDWR)
+        await file.write(b"xy", 0)
+        await file.close()
+        with pytest.raises(BadHandle):
+            await use(file)
+        assert await other.read(3, 0) == b"xy"
+        await other.close()
+
+
+async def test_a_file_that_is_closed_twice_is_given_back_once() -> None:
+    async with whole_cluster(1) as whole, whole.client() as one, whole.client() as two:
+        file, again = await one.fs.open("/f", RW), await one.fs.open("/f", os.O_RDWR)
+        await file.write(b"x", 0)
+        for _ in range(2):
+            await again.close()
+        await two.fs.remove("/f")
+        assert await file.read(1, 0) == b"x"
+        await file.close()
+        assert one.files.statistics() == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("turns", range(0, 60, 3))
+async def test_whoever_is_cancelled_leaves_no_file_open(turns: int) -> None:
+    async with whole_cluster(1) as whole, whole.client() as one:
+        await (await one.fs.open("/f", RW)).close()
+
+        async def use(scope: trio.CancelScope) -> None:
+            with scope:
+                async with await one.fs.open("/f", os.O_WRONLY) as file:
+                    await file.write(b"x", 0)
+
+        async with trio.open_nursery() as nursery:
+            scope = trio.CancelScope()
+            nursery.start_soon(use, scope)
+            for _ in range(turns):
+                await trio.lowlevel.checkpoint()
+            scope.cancel()
+        await wait_all_tasks_blocked()
+        assert one.files.statistics() == (0, 0, 0, 0)
+        assert [session.opens for session in whole.cluster.daemons[0].sessions.statuses()] == [0]
+
+
+def lose_touch_after(whole: Whole, client: Client, op: int) -> None:
+    """Let the daemon serve one request of this kind more, then cut the network so that the answer is lost."""
+    daemon = whole.cluster.daemons[0]
+    serve = daemon.server.handle_now
+
+    def serve_and_cut(channel: Channel, op_: int, body: bytes, payload: memoryview | None, want: int) -> Reply | None:
+        reply = serve(channel, op_, body, payload, want)
+        if op_ == op:
+            lose_touch(whole, client)
+        return reply
+
+    for channel in daemon.node.channels:
+        channel._handle_now = serve_and_cut
+
+
+def lose_touch(whole: Whole, client: Client) -> None:
+    whole.network.partition(whole.cluster.daemons[0].node, client.node)
+    whole.network.silence(whole.cluster.daemons[0].node, client.node)
+
+
+@pytest.mark.parametrize("served", [False, True])
+@pytest.mark.parametrize("op", [Open.op, Make.op, Release.op])
+async def test_handles_are_counted_right_in_the_end_whatever_met_its_deadline(
+    op: int, served: bool, autojump_clock: object
+) -> None:
+    async with whole_cluster(1) as whole, whole.client(op_timeout_s=10.0) as one:
+        daemon = whole.cluster.daemons[0]
+        first = await one.files.create(1, b"f", 0o600, 0, 0, os.O_RDWR)
+        second = await one.files.open(first.ino, os.O_RDWR)
+        if served:
+            lose_touch_after(whole, one, op)
+        else:
+            lose_touch(whole, one)
+        operations: dict[int, Callable[[], Awaitable[object]]] = {
+            Open.op: lambda: one.files.open(first.ino, os.O_RDWR),
+            Make.op: lambda: one.files.create(1, b"g", 0o600, 0, 0, os.O_RDWR),
+            Release.op: lambda: one.files.release(second),
+        }
+        with pytest.raises(DaemonUnreachable):
+            await operations[op]()
+        whole.network.heal(daemon.node, one.node)
+        await trio.sleep(30)
+        writers = 1 if op == Release.op else 2
+        assert daemon.sessions._sessions[one.links.client_id].opens == {first.ino: [0, writers]}
+        assert one.files.opens() == [OpenCount(first.ino, 0, writers)]
+        await one.files.release(first)
+        await one.files.release(second)
+        assert [session.opens for session in daemon.sessions.statuses()] == [0]
+
+
+async def test_what_is_published_twice_is_counted_anew(autojump_clock: object) -> None:
+    async with whole_cluster(1) as whole, whole.client(op_timeout_s=10.0) as one:
+        file = await one.fs.open("/f", RW)
+        await file.write(b"x", 0)
+        lose_touch_after(whole, one, CommitWrite.op)
+        with pytest.raises(DaemonUnreachable):
+            await file.stat()
+        whole.network.heal(whole.cluster.daemons[0].node, one.node)
+        await file.close()
+        await whole.service(whole.cluster.daemons[0]).metadata.wait_idle()
+        attrs = await one.fs.stat("/f")
+        assert (attrs.size, attrs.allocated) == (1, 4096)
+
+
 @pytest.mark.parametrize("seed", range(4))
 async def test_lossy_connections_change_nothing(seed: int) -> None:
     choose = random.Random(seed)
@@ -579,6 +809,21 @@ async def test_a_full_budget_waits_for_room_and_not_for_the_clock() -> None:
             await file.close()
 
 
+async def test_nobody_holds_room_for_later_while_others_wait_for_it() -> None:
+    async with whole_cluster(1) as whole, whole.client(gather_bytes_max=2 * CHUNK, gather_time_s=1e6) as one:
+        handles = [await one.files.create(1, b"%d" % number, 0o600, 0, 0, os.O_RDWR) for number in range(8)]
+        whole.chunks[0].hold = trio.Event()
+        async with trio.open_nursery() as nursery:
+            for handle in handles:
+                nursery.start_soon(one.files.write, handle, 0, b"x" * (CHUNK - 1))
+            await wait_all_tasks_blocked()
+            whole.chunks[0].hold.set()
+            whole.chunks[0].hold = None
+            with trio.fail_after(10):
+                while nursery.child_tasks:
+                    await trio.lowlevel.checkpoint()
+
+
 async def test_a_budget_is_first_come_first_served(autojump_clock: object) -> None:
     budget = Budget(100)
     order: list[int] = []
@@ -633,12 +878,30 @@ def test_the_epoch_changes_with_changes_of_others_alone() -> None:
     known.see(_attrs(5))
     assert known.epoch(7) not in (first, second, 0)
     for ino in (8, 9):
-        known.see(Attrs(ino, *_fields(_attrs(1))[1:]))
+        known.see(msgspec.structs.replace(_attrs(1), ino=ino))
     assert known.get(7) is None and known.epoch(7) == 0
 
 
-def _fields(attrs: Attrs) -> tuple[int, ...]:
-    return tuple(getattr(attrs, name) for name in attrs.__struct_fields__)
+async def test_the_answer_to_what_changes_nothing_shows_changes_of_others() -> None:
+    async with whole_cluster(1) as whole, whole.client() as one, whole.client() as two:
+        async with await one.fs.open("/f", RW) as file:
+            await file.write(b"old", 0)
+        ino = file.ino
+
+        async def change_there() -> int:
+            epoch = one.files.known.epoch(ino)
+            async with await two.fs.open("/f", os.O_WRONLY) as file:
+                await file.write(b"new", 0)
+            return epoch
+
+        async with await one.fs.open("/f") as reading:
+            before = await change_there()
+            await reading.read(3, 0)  # which sets the access time
+        assert whole.network.calls[Touch.op] == 1
+        assert one.files.known.epoch(ino) != before
+        before = await change_there()
+        await one.files.setattr(ino, size=3)
+        assert one.files.known.epoch(ino) != before
 
 
 # ── the number of requests ───────────────────────────────────────────────────────────────────────────────────────────
@@ -687,6 +950,93 @@ async def test_requests_per_operation_on_one_daemon() -> None:
         assert await count(append) == {Open.op: 1, Append.op: 1, WriteChunk.op: 1, CommitWrite.op: 1, Release.op: 1}
 
 
+async def test_a_size_that_was_seen_outlives_a_start_of_the_daemon() -> None:
+    async with (
+        whole_cluster(1) as whole,
+        whole.client() as one,
+        whole.client() as two,
+        await one.fs.open("/f", RW) as file,
+    ):
+        other = await two.fs.open("/f", os.O_RDWR)
+        await file.truncate(100)
+        assert (await other.stat()).size == 100
+        assert await other.read(1000, 0) == bytes(100)
+        await file.truncate(1)
+        assert (await other.stat()).size == 1
+        await whole.cluster.daemons[0].kill()
+        await whole.cluster.daemons[0].start()
+        await two.links.wait_connected()
+        assert await other.read(1000, 0) == b"\0"
+        await other.close()
+
+
+async def lose_power(whole: Whole, daemon_id: int, client: Client) -> None:
+    daemon = whole.cluster.daemons[daemon_id]
+    await daemon.kill()
+    daemon.losses += 1
+    await daemon.start()
+    await client.links.wait_connected()
+
+
+async def test_no_fsync_succeeds_for_what_a_power_cut_may_have_taken() -> None:
+    async with whole_cluster(2) as whole, whole.client() as one:
+        names = [f"/{number}" for number in range(3)]
+        written, clean, read = [await one.fs.open(name, RW) for name in names]
+        home = whole.cluster.shard_map.of_ino(written.ino)
+        await written.write(b"x" * 3 * CHUNK, 0)  # chunks on both
+        for handle in (written, clean, read):
+            await handle.fsync()
+        reader = await one.fs.open(names[2])
+        await written.write(b"y" * 3 * CHUNK, 0)
+        await one.files.flush(written._handle)
+        await lose_power(whole, 1 - home, one)
+        with pytest.raises(StorageError, match=f"daemon {1 - home} lost power"):
+            await written.fsync()
+        await written.fsync()  # once
+        await clean.fsync()  # nothing of it lay there
+        await lose_power(whole, home, one)
+        for handle in (written, clean):
+            with pytest.raises(StorageError, match=f"daemon {home} lost power"):
+                await handle.fsync()
+        assert await reader.read(10, 0) == b""
+        await reader.close()
+        with pytest.raises(StorageError, match="lost power"):
+            await one.fs.namespace.sync_names()
+        await one.fs.namespace.sync_names()
+
+
+async def test_a_restart_without_a_power_cut_loses_nothing() -> None:
+    async with whole_cluster(2) as whole, whole.client() as one, await one.fs.open("/f", RW) as file:
+        await file.write(b"x" * 3 * CHUNK, 0)
+        await one.files.flush(file._handle)
+        for daemon in whole.cluster.daemons:
+            await daemon.kill()
+            await daemon.start()
+        await one.links.wait_connected()
+        await file.fsync()
+        await one.fs.namespace.sync_names()
+
+
+async def test_power_that_is_lost_during_an_fsync_fails_it() -> None:
+    async with whole_cluster(1) as whole, whole.client() as one, await one.fs.open("/f", RW) as file:
+        await file.write(b"x" * CHUNK, 0)
+        await file.fsync()
+        raised: list[StorageError] = []
+
+        async def sync() -> None:
+            try:
+                await file.fsync()
+            except StorageError as error:
+                raised.append(error)
+
+        async with trio.open_nursery() as nursery:
+            await whole.cluster.daemons[0].kill()
+            nursery.start_soon(sync)
+            await wait_all_tasks_blocked()
+            await lose_power(whole, 0, one)
+        assert len(raised) == 1
+
+
 async def test_a_dead_daemon_stops_only_what_needs_it() -> None:
     async with whole_cluster(2) as whole, whole.client(gather_bytes_max=4 * CHUNK) as one:
         file = await one.fs.open("/f", RW)
@@ -719,6 +1069,54 @@ async def test_a_dead_daemon_stops_only_what_needs_it() -> None:
             nursery.cancel_scope.cancel()
 
 
+async def test_what_is_written_while_a_size_is_published_is_published_next() -> None:
+    async with whole_cluster(1) as whole, whole.client(gather_bytes_max=0) as one, trio.open_nursery() as nursery:
+        daemon = whole.cluster.daemons[0]
+        came, go_on = trio.Event(), trio.Event()
+        publish = whole.service(daemon).handlers_now()[CommitWrite]
+
+        async def later(request: Request, call: Call) -> Body:
+            came.set()
+            await go_on.wait()
+            answer = publish(request, call)
+            assert answer is not None
+            return answer
+
+        daemon.server.register({CommitWrite: later}, {CommitWrite: lambda request, call: None})
+        file = await one.fs.open("/f", RW)
+        await file.write(b"x", 0)
+        nursery.start_soon(file.stat)
+        await came.wait()
+        await file.write(b"y", 10)
+        go_on.set()
+        assert (await file.stat()).size == 11
+
+
+async def test_a_truncation_elsewhere_leaves_zeros_of_what_was_not_published() -> None:
+    async with whole_cluster(2) as whole, whole.client(gather_bytes_max=0) as one, whole.client() as two:
+        async with await one.fs.open("/f", RW) as file:
+            await file.write(b"old", 0)
+            await file.stat()
+            await file.write(b"x" * 100, 0)  # with its daemon, and not counted yet
+            await two.fs.setattr("/f", size=0)
+        async with await two.fs.open("/f") as file:
+            assert await file.read(200, 0) == bytes(100)
+
+
+async def test_blocks_are_right_after_a_write_met_a_truncation() -> None:
+    async with whole_cluster(2) as whole, whole.client(gather_bytes_max=0) as one, whole.client() as two:
+        file = await one.fs.open("/f", RW)
+        await file.write(b"x", CHUNK)
+        await file.stat()
+        await file.write(b"x" * 100, 0)  # with its daemon, and not counted yet
+        await two.fs.setattr("/f", size=0)
+        assert (await file.stat()).size == 100
+        await file.close()
+        for daemon in whole.cluster.daemons:
+            await whole.service(daemon).metadata.wait_idle()
+        assert (await two.fs.stat("/f")).allocated == 0
+
+
 class _Immediate:
     """Be the links to one daemon that answers without a turn of the event loop, as a spinning connection does."""
 
@@ -732,8 +1130,75 @@ class _Immediate:
     def to(self, daemon_id: int) -> "_Immediate":
         return self
 
-    async def call(self, request: Request, reply: type[Body], payload: object = None, into: object = None) -> Body:
+    async def call(self, request: Request, reply: type[Body], payload: object = None, **rest: object) -> Body:
         return WriteChunkReply(0) if isinstance(request, WriteChunk) else AttrsReply(self.attrs)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("cut", [False, True], ids=["settled", "truncated"])
+async def test_a_write_that_was_given_up_leaves_nothing_behind_the_end(
+    seed: int, cut: bool, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
+) -> None:
+    """A daemon that stood still reads the request before it learns that its connection has ended."""
+
+    async def later(channel: MemoryChannel) -> None:
+        await trio.sleep(1000)
+
+    monkeypatch.setattr(MemoryChannel, "_tell_end", later)
+    async with whole_cluster(2, seed) as whole, whole.client(op_timeout_s=3) as one:
+        file = await one.fs.open("/f", RW)
+        await file.write(b"kept", 0)
+        await file.fsync()
+        home, shard_map = whole.cluster.shard_map.of_ino(file.ino), whole.cluster.shard_map
+        index = next(index for index in range(2) if shard_map.of_chunk(file.ino, index, 2) != home)
+        stalled = whole.cluster.daemons[1 - home]
+        whole.network.partition(one.node, stalled.node)
+        await file.write(b"old" * 100, index * CHUNK)
+        with pytest.raises(DaemonUnreachable):
+            await file.fsync()
+        if cut:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(file.truncate, 2)
+                await wait_all_tasks_blocked()
+                whole.network.heal(one.node, stalled.node)
+            await wait_all_tasks_blocked()
+            await file.truncate(2 * CHUNK)
+            assert (await file.read(2 * CHUNK, 0)).strip(b"\0") == b"ke"
+        await file.close()
+        await wait_all_tasks_blocked()
+        if not cut:
+            whole.network.heal(one.node, stalled.node)
+        await trio.sleep(10)  # it finds its way back, and gives the file back
+        assert one.files.opens() == []
+        for daemon in whole.cluster.daemons:
+            await wait_all_tasks_blocked()
+            await whole.service(daemon).metadata.wait_idle()
+        async with await one.fs.open("/f", os.O_RDWR) as file:
+            await file.truncate(2 * CHUNK)
+            assert (await file.read(2 * CHUNK, 0)).strip(b"\0") == (b"ke" if cut else b"kept")
+
+
+async def test_a_write_is_behind_a_truncation_under_way_as_a_whole() -> None:
+    async with whole_cluster(2) as whole, whole.client() as one:
+        file = await one.fs.open("/f", RW | os.O_DIRECT)
+        await file.write(b"a" * 2 * CHUNK, 0)
+        first = whole.cluster.daemons[whole.cluster.shard_map.of_chunk(file.ino, 0, 2)]
+        trim = whole.service(first).chunks.handlers()[TrimChunks]
+        go_on = trio.Event()
+
+        async def later(request: Request, call: Call) -> Body:
+            await go_on.wait()
+            return await trim(request, call)
+
+        first.server.register({TrimChunks: later})
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(file.truncate, 0)
+            await wait_all_tasks_blocked()
+            nursery.start_soon(file.write, b"b" * 2 * CHUNK, 0)
+            await wait_all_tasks_blocked()
+            go_on.set()
+        assert await file.read(2 * CHUNK, 0) == b"b" * 2 * CHUNK
+        await file.close()
 
 
 async def test_what_was_flushed_before_the_gathering_task_had_its_turn() -> None:

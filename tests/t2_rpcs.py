@@ -20,10 +20,11 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 from whole import CHUNK, Client, Whole, whole_cluster
 
+from benchfs_fuse.errors import NoSpace
 from benchfs_fuse.limits import READDIR_ENTRIES_MAX
-from benchfs_fuse.model import ROOT_INO, Attrs
-from benchfs_fuse.rpc.messages import REQUESTS, Expel, Goodbye, Heartbeat, Hello, Reclaim, Status
-from benchfs_fuse.services.files import Handle
+from benchfs_fuse.model import LOCK_END, ROOT_INO, Attrs, LockKind, LockType
+from benchfs_fuse.rpc.messages import REQUESTS, Expel, Goodbye, Heartbeat, Hello, LockGranted, Reclaim, Status
+from benchfs_fuse.services.files import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, Handle
 
 DESIGN = Path(__file__).parents[1] / "docs" / "design.md"
 
@@ -42,6 +43,7 @@ class Stage:
     def __init__(self, whole: Whole, client: Client) -> None:
         self.whole = whole
         self.files = client.files
+        self.locks = client.locks
         self.namespace = client.namespace
         self.daemons = len(whole.cluster.daemons)
         self.last = self.daemons - 1
@@ -107,6 +109,7 @@ class Stage:
         total = Counter[str]()
         for daemon in self.whole.cluster.daemons:
             total.update(daemon.server.requests)
+        total[LockGranted.__name__] = self.whole.network.calls[LockGranted.op]  # which clients serve
         return Counter({name: number for name, number in total.items() if name not in _BESIDES})
 
     @asynccontextmanager
@@ -301,6 +304,53 @@ async def append(stage: Stage) -> None:
         await stage.files.write(handle, 0, b"line\n")
 
 
+async def allocate_one(stage: Stage) -> None:
+    handle = await stage.files.create(await stage.directory(stage.last), b"f", 0o644, 0, 0, os.O_RDWR)
+    async with stage.measured():
+        await stage.files.fallocate(handle, 0, 0, CHUNK)
+
+
+async def allocate_huge(stage: Stage) -> None:
+    handle = await stage.files.create(await stage.directory(stage.last), b"f", 0o644, 0, 0, os.O_RDWR)
+    async with stage.measured():
+        with pytest.raises(NoSpace):
+            await stage.files.fallocate(handle, 0, 0, 1 << 60)
+
+
+async def punch_one(stage: Stage) -> None:
+    _, handle = await stage.written(await stage.directory(stage.last))
+    async with stage.measured():
+        await stage.files.fallocate(handle, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, CHUNK // 2)
+
+
+async def punch_sparse(stage: Stage) -> None:
+    _, handle = await stage.written(await stage.directory(stage.last))
+    await stage.files.setattr(handle.ino, size=1 << 40)
+    async with stage.measured():
+        await stage.files.fallocate(handle, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, 1 << 40)
+
+
+async def seek(stage: Stage) -> None:
+    _, handle = await stage.written(await stage.directory(stage.last))
+    await stage.files.setattr(handle.ino, size=1 << 40)
+    async with stage.measured():
+        assert await stage.files.seek(handle, 0, os.SEEK_HOLE) == CHUNK
+
+
+async def copy_one(stage: Stage) -> None:
+    parent = await stage.directory(stage.last)
+    _, source = await stage.closed(parent)
+    daemon_of = stage.whole.cluster.shard_map.of_chunk
+    while True:
+        target = await stage.files.create(parent, stage.name(), 0o644, 0, 0, os.O_RDWR)
+        width = target.node.width
+        if daemon_of(target.ino, 0, width) != daemon_of(source, 0, width):
+            break
+    handle = await stage.files.open(source, os.O_RDONLY | os.O_NOATIME)
+    async with stage.measured():
+        assert await stage.files.copy_range(handle, 0, target, 0, 1 << 40) == CHUNK
+
+
 async def unlink_empty(stage: Stage) -> None:
     parent = await stage.directory(stage.last)
     name, _ = await stage.entry(parent)
@@ -352,6 +402,20 @@ async def rmdir(stage: Stage) -> None:
         name, attrs = await stage.entry(parent, stat.S_IFDIR)
     async with stage.measured():
         await stage.namespace.rmdir(parent, name)
+
+
+async def mkdir_deep(stage: Stage) -> None:
+    deep = await stage.directory(stage.last, await stage.directory(stage.last))
+    async with stage.measured():
+        made = await stage.namespace.make(deep, b"new", stat.S_IFDIR | 0o755, 0, 0)
+    assert stage.home(made.ino) == stage.last
+
+
+async def rmdir_deep(stage: Stage) -> None:
+    deep = await stage.directory(stage.last, await stage.directory(stage.last))
+    name, _ = await stage.entry(deep, stat.S_IFDIR)
+    async with stage.measured():
+        await stage.namespace.rmdir(deep, name)
 
 
 async def rename_inside(stage: Stage) -> None:
@@ -505,6 +569,59 @@ async def removexattr(stage: Stage) -> None:
         await stage.namespace.removexattr(attrs.ino, b"user.a")
 
 
+async def lockable(stage: Stage) -> int:
+    """Open a file and return its inode."""
+    _, attrs = await stage.entry(await stage.directory(stage.last))
+    await stage.files.open(attrs.ino, os.O_RDWR)
+    return attrs.ino
+
+
+async def lock(stage: Stage) -> None:
+    ino = await lockable(stage)
+    async with stage.measured():
+        await stage.locks.set(ino, 1, LockKind.POSIX, LockType.WRITE, 0, 99)
+
+
+async def lock_waited_for(stage: Stage) -> None:
+    ino = await lockable(stage)
+    await stage.locks.set(ino, 1, LockKind.POSIX, LockType.WRITE)
+    async with stage.measured(), trio.open_nursery() as nursery:
+        nursery.start_soon(stage.locks.set, ino, 2, LockKind.POSIX, LockType.WRITE)
+        await wait_all_tasks_blocked()
+        await stage.locks.set(ino, 1, LockKind.POSIX, LockType.UNLOCK)
+
+
+async def lock_given_up(stage: Stage) -> None:
+    ino = await lockable(stage)
+    await stage.locks.set(ino, 1, LockKind.FLOCK, LockType.WRITE)
+    async with stage.measured(), trio.open_nursery() as nursery:
+        nursery.start_soon(stage.locks.set, ino, 2, LockKind.FLOCK, LockType.WRITE)
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+
+
+async def getlock(stage: Stage) -> None:
+    ino = await lockable(stage)
+    async with stage.measured():
+        await stage.locks.get(ino, 1, LockType.WRITE, 0, LOCK_END)
+
+
+async def drop_locks(stage: Stage) -> None:
+    ino = await lockable(stage)
+    for start in (0, 10, 20):
+        await stage.locks.set(ino, 1, LockKind.POSIX, LockType.WRITE, start, start)
+    async with stage.measured():
+        await stage.locks.drop(ino, 1, LockKind.POSIX)
+
+
+async def drop_nothing(stage: Stage) -> None:
+    ino = await lockable(stage)
+    await stage.locks.set(ino, 1, LockKind.POSIX, LockType.WRITE)
+    async with stage.measured():
+        await stage.locks.drop(ino, 2, LockKind.POSIX)
+        await stage.locks.drop(ino, 1, LockKind.FLOCK)
+
+
 # ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 TABLE = (
@@ -527,43 +644,59 @@ TABLE = (
     Row("append", "Append + WriteChunk", "", append),
     Row("fsync of what was written to a chunk", "WriteChunk + CommitWrite + SyncChunks + SyncMeta", "", fsync_written),
     Row("the first fsync of an old file with chunks on all daemons", "N SyncChunks + SyncMeta", "", fsync_opened),
+    Row("fallocate within a chunk, behind the end", "GetAttr + AllocateChunk + CommitWrite", "", allocate_one),
+    Row("fallocate of more than there is", "GetAttr + N Usage", "", allocate_huge),
+    Row("a hole within a chunk", "PunchChunk + CommitWrite", "", punch_one),
+    Row("a hole of 1 TiB, with data in one chunk", "N MapChunks + PunchChunk + CommitWrite", "", punch_sparse),
+    Row("seek for data or a hole in 1 TiB", "GetAttr + N MapChunks", "", seek),
+    Row(
+        "copy of a chunk to another daemon",
+        "GetAttr + MapChunks + CopyChunk + ReadChunk + CommitWrite",
+        "",
+        copy_one,
+    ),
     Row("unlink of an empty file", "Unlink", "", unlink_empty),
     Row("unlink of a file of one chunk", "Unlink", "DropChunks", unlink_chunk),
     Row("unlink of a file with chunks on all daemons", "Unlink", "N−1 DropChunks", unlink_chunks),
     Row(
-        "unlink of a file that lies on another daemon than its name", "Unlink + Prepare + Finish", "", unlink_elsewhere
+        "unlink of a file that lies on another daemon than its name",
+        "Unlink + Prepare + Finish",
+        "Secure",
+        unlink_elsewhere,
     ),
     Row("last close of an unlinked file of one chunk", "Release", "DropChunks", close_unlinked),
-    Row("mkdir", "Make + Prepare + Finish", "", mkdir),
-    Row("rmdir", "Rmdir + Prepare + Finish", "", rmdir),
+    Row("mkdir of a directory on another daemon", "Make + Prepare + Finish", "Secure", mkdir),
+    Row("mkdir deep in the tree", "Make", "", mkdir_deep),
+    Row("rmdir of a directory on another daemon", "Rmdir + Prepare + Finish", "Secure", rmdir),
+    Row("rmdir deep in the tree", "Rmdir", "", rmdir_deep),
     Row("rename in a directory", "Rename", "", rename_inside),
     Row("rename into another directory of the same daemon", "Rename", "", rename_beside),
     Row("rename over a file of one chunk", "Rename", "DropChunks", rename_over),
-    Row("rename into a directory of another daemon", "Rename + Lookup + Prepare + Finish", "", rename_across),
-    Row("the same, over a file", "Rename + Lookup + Prepare + Finish", "", rename_across_over),
+    Row("rename into a directory of another daemon", "Rename + Lookup + Prepare + Finish", "Secure", rename_across),
+    Row("the same, over a file", "Rename + Lookup + Prepare + Finish", "Secure", rename_across_over),
     Row(
         "the same, both files elsewhere",
         "Rename + Lookup + 3 Prepare + 3 Finish",
-        "",
+        "3 Secure",
         rename_all_apart,
         daemons_min=4,
     ),
-    Row("rename of what lies elsewhere, in a directory", "Rename + Prepare + Finish", "", rename_moved),
+    Row("rename of what lies elsewhere, in a directory", "Rename + Prepare + Finish", "Secure", rename_moved),
     Row(
         "rename of a directory into another one, both on one daemon",
         "2 Rename + 3 Lookup + GetAttr + Prepare + Finish",
-        "",
+        "Secure",
         move_directory,
     ),
     Row(
         "the same, all three on different daemons",
         "2 Rename + 3 Lookup + GetAttr + 3 Prepare + 3 Finish",
-        "",
+        "3 Secure",
         move_directory_apart,
         daemons_min=4,
     ),
     Row("link", "Link", "", link_here),
-    Row("link of what lies on another daemon", "Link + GetAttr + Prepare + Finish", "", link_elsewhere),
+    Row("link of what lies on another daemon", "Link + GetAttr + Prepare + Finish", "Secure", link_elsewhere),
     Row("symlink, mknod", "Make", "", symlink),
     Row("readlink", "ReadLink", "", readlink),
     Row("512 entries of a listing, with attributes", "ReadDir", "", readdir),
@@ -574,6 +707,12 @@ TABLE = (
     Row("setxattr", "SetXattr", "", setxattr),
     Row("listxattr", "ListXattr", "", listxattr),
     Row("removexattr", "RemoveXattr", "", removexattr),
+    Row("lock or unlock a range or a file", "SetLock", "", lock),
+    Row("a lock that is waited for, and the unlock for which it waits", "2 SetLock + LockGranted", "", lock_waited_for),
+    Row("a wait for a lock that is given up", "SetLock", "CancelLock", lock_given_up),
+    Row("F_GETLK", "GetLock", "", getlock),
+    Row("flush of a file on which the owner has locks", "SetLock", "", drop_locks),
+    Row("flush of a file on which the owner has none", "", "", drop_nothing),
 )
 
 

@@ -9,7 +9,6 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from benchfs_fuse import disk
 from benchfs_fuse.chunks.memory import MemoryChunkStore
 from benchfs_fuse.errors import (
     DaemonUnreachable,
@@ -22,7 +21,7 @@ from benchfs_fuse.errors import (
 from benchfs_fuse.model import Attrs, ClientId, Entry, make_ino
 from benchfs_fuse.ports import Ending, KeyValueStore
 from benchfs_fuse.rpc.client import ORDINARY_MAX, Link, Links
-from benchfs_fuse.rpc.memory import MemoryNetwork
+from benchfs_fuse.rpc.memory import MemoryNetwork, MemoryNode
 from benchfs_fuse.rpc.messages import (
     AttrsReply,
     Body,
@@ -33,6 +32,7 @@ from benchfs_fuse.rpc.messages import (
     Failure,
     Finish,
     FinishReply,
+    Forget,
     GetAttr,
     Heartbeat,
     Lookup,
@@ -232,27 +232,81 @@ async def test_a_retry_joins_the_request_that_still_runs() -> None:
         assert cluster.network.calls[CommitWrite.op] == 4
 
 
-async def test_a_request_that_was_given_up_does_not_hide_the_outcome_of_the_next(autojump_clock: object) -> None:
+@pytest.mark.parametrize("broken", [False, True], ids=["same connection", "new connection"])
+async def test_a_request_that_was_given_up_is_not_applied_after_a_newer_one(
+    broken: bool, autojump_clock: object
+) -> None:
     async with open_cluster(1) as cluster:
         links = await connect(cluster, op_timeout_s=3)
-        service = ledger(cluster.daemons[0])
+        daemon, node = cluster.daemons[0], links.network
+        assert isinstance(node, MemoryNode)
+        service = ledger(daemon)
         service.gated = 4
-        with pytest.raises(DaemonUnreachable):
-            await links.to(0).call(CommitWrite(4, 1000, 0), AttrsReply)
-        for number in range(ORDINARY_MAX - 1):  # the slot that was given up comes last
-            await links.to(0).call(CommitWrite(2, number + 1, 0), AttrsReply)
-        cluster.network.lose_reply(CommitWrite.op)
-        cluster.network.lose_reply(CommitWrite.op)
+
+        async def give_up(number: int) -> None:
+            with pytest.raises(DaemonUnreachable):
+                await links.to(0).call(CommitWrite(4, 1000 + number, 0), AttrsReply)
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(links.to(0).call, CommitWrite(2, 500, 0), AttrsReply)
-            while not applied(cluster.daemons[0])[500]:
-                await trio.lowlevel.checkpoint()
-            service.gate.set()  # what was given up is applied before the retry comes
-        assert applied(cluster.daemons[0])[500] == 1
-        assert applied(cluster.daemons[0])[1000] == 1
-        key = disk.key_slot(disk.OUTCOME, links.client_id, 0)
-        assert int.from_bytes((cluster.daemons[0].store.get(key) or b"")[:8], "big") == 2
+            for number in range(5):
+                nursery.start_soon(give_up, number)
+            await wait_all_tasks_blocked()
+            if broken:
+                cluster.network.partition(node, daemon.node)
+        if broken:
+            cluster.network.silence(node, daemon.node)
+            cluster.network.heal(node, daemon.node)
+        await links.to(0).call(CommitWrite(2, 1, 0), AttrsReply)
+        service.gate.set()
+        await wait_all_tasks_blocked()
+        assert applied(daemon) == {1: 1}
+        assert links.to(0).statistics().in_flight == 0
+
+
+async def test_all_places_are_free_again_when_what_took_them_was_given_up(autojump_clock: object) -> None:
+    async with open_cluster(1) as cluster:
+        links = await connect(cluster, op_timeout_s=3)
+        ledger(cluster.daemons[0]).gated = 4
+        failed = 0
+
+        async def give_up() -> None:
+            nonlocal failed
+            with pytest.raises(DaemonUnreachable):
+                await links.to(0).call(CommitWrite(4, 1000, 0), AttrsReply)
+            failed += 1
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(ORDINARY_MAX + 20):
+                nursery.start_soon(give_up)
+        await links.to(0).call(CommitWrite(2, 1, 0), AttrsReply)
+        await wait_all_tasks_blocked()
+        assert failed == ORDINARY_MAX + 20
+        assert cluster.network.calls[Forget.op] == ORDINARY_MAX
+        assert applied(cluster.daemons[0]) == {1: 1}
+
+
+async def test_requests_that_were_given_up_and_hang_take_the_places_until_the_heartbeat_misses_one(
+    autojump_clock: object,
+) -> None:
+    async with open_cluster(1) as cluster:
+        links = await connect(cluster, op_timeout_s=3)
+        failed = 0
+
+        async def give_up() -> None:
+            nonlocal failed
+            with pytest.raises(DaemonUnreachable):
+                await links.to(0).call(SyncMeta(), Done)
+            failed += 1
+
+        for _ in range(2):
+            async with trio.open_nursery() as nursery:
+                for _ in range(ORDINARY_MAX):
+                    nursery.start_soon(give_up)
+        assert failed == 2 * ORDINARY_MAX
+        with trio.fail_after(cluster.lease_s / 2):
+            await links.to(0).call(GetAttr(5), AttrsReply, patient=True)
+        assert not links.expelled.is_set()
+        assert ledger(cluster.daemons[0]).serving == 0
 
 
 async def test_what_a_client_had_under_way_is_not_applied_once_it_is_expelled() -> None:
@@ -406,7 +460,9 @@ async def test_waiting_requests_of_daemons_leave_room_for_those_that_end_the_wai
 @asynccontextmanager
 async def open_chunk_cluster(seed: int = 0) -> AsyncIterator[tuple[MemoryCluster, Links, ChunkServer]]:
     async with open_cluster(1, seed) as cluster:
-        chunks = ChunkServer(MemoryChunkStore())
+        peers = ledger(cluster.daemons[0]).peers
+        assert peers is not None
+        chunks = ChunkServer(MemoryChunkStore(), 0, peers)
         cluster.daemons[0].server.register(chunks.handlers(), bulk=chunks.bulk())
         yield cluster, await connect(cluster), chunks
 

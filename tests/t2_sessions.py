@@ -11,7 +11,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from benchfs_fuse import disk
-from benchfs_fuse.errors import NotPermitted, Stale
+from benchfs_fuse.errors import NoSpace, NotPermitted, Stale
 from benchfs_fuse.layout import ShardMap
 from benchfs_fuse.model import Attrs, ClientId, Entry, Ino, make_ino
 from benchfs_fuse.ports import Ending, KeyValueStore
@@ -27,6 +27,7 @@ from benchfs_fuse.rpc.messages import (
     Make,
     Open,
     OpenCount,
+    Reclaim,
     Release,
     Request,
     encode,
@@ -339,6 +340,26 @@ async def test_while_handles_may_come_back_every_inode_counts_as_used(world: Wor
     assert world.table(0).count(12345) == 0 and world.table(0).count(FILE) == 1
 
 
+async def test_what_was_reclaimed_over_a_connection_that_broke_is_reclaimed_anew(
+    world: World, autojump_clock: MockClock
+) -> None:
+    client = await world.client()
+    await client.open(FILE)
+    await client.open(FILE, writer=True)
+    client.scope.cancel()
+    await world.daemons[0].kill()
+    await world.daemons[0].start()
+    place = world.directory.find(0)
+    assert place is not None
+    for page in (Reclaim((OpenCount(FILE, 1, 1),), last=False), Reclaim((), last=True)):
+        channel = await client.node.connect(place.address)
+        for request in (Hello("mount", "/mnt/test", resume=True), page):
+            assert (await channel.call(request.op, encode(request))).status == 0
+    await world.table(0).wait_grace_over()
+    assert world.table(0).count(FILE) == 0
+    assert world.stored(0, disk.WRITE_OPEN) == set()
+
+
 async def test_many_handles_are_reclaimed_in_pages_and_lost_ones_are_reported(
     world: World, autojump_clock: MockClock
 ) -> None:
@@ -405,6 +426,26 @@ async def test_an_end_that_a_crash_interrupts_is_dealt_with_after_the_next_start
     await wait_all_tasks_blocked()
     assert world.ended[-1] == (0, client.links.client_id, (OpenCount(FILE, 0, 1),), False)
     assert world.stored(0, disk.SESSION, disk.OUTCOME, disk.WRITE_OPEN) == set()
+
+
+async def test_an_end_that_a_full_disk_holds_up_comes_when_there_is_room(
+    world: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await world.client()
+    await client.open(FILE, writer=True)
+
+    def refuse(puts: object, deletes: object = ()) -> None:
+        raise NoSpace("full")
+
+    with monkeypatch.context() as full:
+        full.setattr(world.daemons[0].store, "write", refuse)
+        client.kill()
+        await trio.sleep(LEASE_S)
+    assert client.links.client_id in world.connected(0)
+    await trio.sleep(10)
+    assert client.links.client_id not in world.connected(0)
+    assert world.ended[-1] == (0, client.links.client_id, (OpenCount(FILE, 0, 1),), False)
+    assert world.stored(0, disk.SESSION, disk.WRITE_OPEN) == set()
 
 
 @pytest.mark.parametrize("request_", [Open(FILE, True), Make(1, b"x", 0o100644, 0, 0, open_writers=1)])

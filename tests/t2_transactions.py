@@ -12,7 +12,7 @@ import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from metadata_cluster import CLIENT, DAEMON_CLIENT, Called, Cluster, Crash, cluster_of
+from metadata_cluster import CLIENT, DAEMON_CLIENT, EVERYBODY, Called, Cluster, Crash, cluster_of
 from reference_tree import Refused, Thing, Tree
 from trio.testing import MockClock, wait_all_tasks_blocked
 
@@ -487,9 +487,16 @@ class Performance:
 
 
 async def perform(
-    contents: list[Any], act: Act, dies_at: tuple[int, int] | None = None, patient: bool = True
+    contents: list[Any],
+    act: Act,
+    dies_at: tuple[int, int] | None = None,
+    patient: bool = True,
+    kept: float | None = None,
 ) -> Performance:
-    """Let a cluster with these stores carry out an act, one daemon dying on the way; ``patient``: see Cluster.ask."""
+    """Let a cluster with these stores carry out an act, one daemon dying on the way; ``patient``: see Cluster.ask.
+
+    ``kept``: it dies by a power cut, which leaves this part of what was not synced.
+    """
     how = Performance()
     async with cluster_of(3, contents=contents) as cluster:
         scene = Scene(cluster)
@@ -497,6 +504,9 @@ async def perform(
         request = await act(scene)
         await cluster.wait_idle()
         how.before = shape(cluster.tree())
+        await cluster.sync()
+        if kept is not None:
+            cluster.cuts_power, cluster.kept = True, kept
         cluster.count_points(dies_at)
         try:
             await cluster.ask(request, patient=patient)
@@ -555,6 +565,73 @@ def test_a_crash_anywhere_ends_in_all_or_nothing(built: list[Any], act: Act, err
             else:
                 assert (how.error, how.after) == (error, whole.after), where
     assert crashed == 0 if patient else crashed > 0 or error == "EEXIST"
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5], ids=["all lost", "half lost"])
+@pytest.mark.parametrize("step", [29, pytest.param(1, marks=pytest.mark.exhaustive)], ids=["some points", "all points"])
+@pytest.mark.parametrize(("act", "error"), ACTS, ids=[act.__name__ for act, _ in ACTS])
+def test_a_power_cut_anywhere_ends_in_all_or_nothing(
+    built: list[Any], act: Act, error: str, step: int, kept: float
+) -> None:
+    """Let one daemon or all lose power at every point, while the operation is under way and behind its answer.
+
+    What was answered concerns several daemons and is there.
+    """
+    whole = trio.run(perform, built, act)
+    places = [(number, daemon) for number, (_, daemons) in enumerate(whole.points) for daemon in (*daemons, EVERYBODY)]
+    for number, daemon in places[int(kept * step) :: step]:
+        how = trio.run(perform, built, act, (number, daemon), False, kept)
+        where = f"{act.__name__}: daemon {daemon} loses power at point {number}, {whole.points[number][0]}"
+        assert how.before == whole.before
+        if how.error == "crash":
+            assert how.after in (whole.before, whole.after), where
+        else:
+            assert (how.error, how.after) == (error, whole.after), where
+
+
+async def unlink_with_a_power_cut(dies_at: tuple[int, int] | None) -> list[tuple[str, tuple[int, ...]]]:
+    """Remove a file with chunks on all daemons; return the points at which one may die."""
+    async with cluster_of(3) as cluster:
+        directory = await cluster.mkdir(ROOT_INO, b"d", 1)
+        ino = await cluster.create(directory, b"f")
+        await cluster.write(ino, 6 * cluster.attrs(ino).chunk_size)
+        await cluster.wait_idle()
+        await cluster.sync()
+        cluster.cuts_power = True
+        cluster.count_points(dies_at)
+        with contextlib.suppress(Crash):
+            await cluster.ask(Unlink(directory, b"f"), patient=False)
+        await cluster.wait_idle()
+        points = cluster.points
+        cluster.check()
+        assert cluster.chunks_of(ino) == (set(range(6)) if b"f" in await cluster.names(directory) else set())
+        return points
+
+
+def test_no_power_cut_brings_a_name_back_whose_chunks_have_gone() -> None:
+    points = trio.run(unlink_with_a_power_cut, None)
+    for number, (_, daemons) in enumerate(points):
+        for daemon in (*daemons, EVERYBODY):
+            trio.run(unlink_with_a_power_cut, (number, daemon))
+
+
+async def test_what_was_aborted_before_a_power_cut_is_not_held_for_ever() -> None:
+    """An abort is not synced: the participant finds the steps prepared again, and nobody else remembers them."""
+    async with cluster_of(2) as cluster:
+        directory = await cluster.mkdir(ROOT_INO, b"d", 1)
+        ino = await cluster.create(directory, b"f")
+        await cluster.wait_idle()
+        await cluster.sync()
+        txid = TxId(0, 1, 100)
+        await tell(cluster, 1, Prepare(txid, (DropEntry(directory, b"f", ino),)))
+        await tell(cluster, 1, Finish(txid, False))
+        cluster.nodes[1].loses = True
+        cluster.nodes[1].die()
+        await cluster.nodes[1].up.wait()
+        assert cluster.nodes[1].service.prepared == 1
+        await cluster.wait_idle()
+        cluster.check()
+        assert await cluster.lookup(directory, b"f") == ino
 
 
 # ── waiting ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -698,6 +775,27 @@ async def test_a_move_waits_for_the_one_whose_client_went_away(built: list[Any])
         gate.open()
         await wait_all_tasks_blocked()
         assert two.error == "EINVAL"
+        await cluster.wait_idle()
+        cluster.check()
+
+
+@pytest.mark.parametrize("waits_for", [Lookup, GetAttr])
+async def test_a_move_that_waits_for_a_dead_daemon_lets_others_move_in_time(
+    built: list[Any], waits_for: type[Request], autojump_clock: MockClock
+) -> None:
+    async with cluster_of(3, contents=built, prepare_timeout_s=20.0) as cluster, trio.open_nursery() as nursery:
+        scene = Scene(cluster)
+        await scene.find()
+        gate = Gate(cluster, waits_for, 2)
+        one = Asked(cluster, nursery, Rename(ROOT_INO, b"d1", scene.dirs[2], b"d1", 0), 1)
+        await gate.reached.wait()
+        two = Asked(cluster, nursery, Rename(scene.dirs[1], b"full", ROOT_INO, b"full", 0), 2)
+        await trio.sleep(19.9)
+        assert not one.done
+        assert not two.done
+        await trio.sleep(0.2)
+        assert (one.error, two.error, two.done) == ("EIO", "", True)
+        gate.open()
         await cluster.wait_idle()
         cluster.check()
 
@@ -880,14 +978,14 @@ async def test_a_step_that_names_what_is_not_there_is_refused() -> None:
 @pytest.mark.parametrize(
     ("act", "messages"),
     [
-        (make_directory_at_a_higher_daemon, {"Prepare": 1, "Finish": 1}),
-        (rename_a_file, {"Lookup": 1, "Prepare": 1, "Finish": 1}),
-        (rename_a_file_over_another, {"Lookup": 1, "Prepare": 2, "Finish": 2}),
-        (rename_a_directory_in_its_parent, {"Prepare": 1, "Finish": 1}),
-        (move_a_directory, {"Lookup": 3, "GetAttr": 1, "Prepare": 2, "Finish": 2}),
-        (link_a_file, {"GetAttr": 1, "Prepare": 1, "Finish": 1}),
-        (unlink_one_of_two_names, {"Prepare": 1, "Finish": 1}),
-        (remove_an_empty_directory, {"Prepare": 1, "Finish": 1}),
+        (make_directory_at_a_higher_daemon, {"Prepare": 1, "Finish": 1, "Secure": 1}),
+        (rename_a_file, {"Lookup": 1, "Prepare": 1, "Finish": 1, "Secure": 1}),
+        (rename_a_file_over_another, {"Lookup": 1, "Prepare": 2, "Finish": 2, "Secure": 2}),
+        (rename_a_directory_in_its_parent, {"Prepare": 1, "Finish": 1, "Secure": 1}),
+        (move_a_directory, {"Lookup": 3, "GetAttr": 1, "Prepare": 2, "Finish": 2, "Secure": 2}),
+        (link_a_file, {"GetAttr": 1, "Prepare": 1, "Finish": 1, "Secure": 1}),
+        (unlink_one_of_two_names, {"Prepare": 1, "Finish": 1, "Secure": 1}),
+        (remove_an_empty_directory, {"Prepare": 1, "Finish": 1, "Secure": 1}),
         (remove_a_full_directory, {"Prepare": 1}),
         (make_what_exists, {}),
     ],
@@ -901,6 +999,7 @@ async def test_the_number_of_messages_between_daemons(built: list[Any], act: Act
         cluster.messages.clear()
         with contextlib.suppress(FsError):
             await cluster.ask(request)
+        await cluster.wait_idle()
         assert cluster.messages == messages
 
 

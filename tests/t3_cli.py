@@ -23,15 +23,20 @@ from cli_help import (
     succeeds,
 )
 
-from benchfs_fuse import cli, kernel_mounts, mount_helper, runtime
+from benchfs_fuse import cli, kernel_mounts, mount_helper, mountpoints, runtime
 from benchfs_fuse.commands import mounting
+from benchfs_fuse.commands.bench import BENCHMARKS, Benchmark
+from benchfs_fuse.datadir import DataDir
 from benchfs_fuse.errors import UserError
 from benchfs_fuse.holders import holders
 from benchfs_fuse.kernel_mounts import KernelMount
 from benchfs_fuse.processes import Starting, end, identify, wait_end, wait_ready
-from benchfs_fuse.registry import init_registry
+from benchfs_fuse.registry import Registry, init_registry
 
-COMMANDS = ("up", "down", "init", "mount", "umount", "status", "layout", "doctor", "install-mount-helper")
+COMMANDS = (
+    *("up", "down", "init", "mount", "umount"),
+    *("status", "top", "trace", "check", "layout", "doctor", "bench", "install-mount-helper"),
+)
 
 
 @pytest.fixture
@@ -74,6 +79,13 @@ def test_help_of_a_command_teaches(command: str, capsys: pytest.CaptureFixture[s
     assert f"usage: benchfs {command}" in text
 
 
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=[one.name for one in BENCHMARKS])
+def test_help_of_a_benchmark_teaches(benchmark: Benchmark, capsys: pytest.CaptureFixture[str]) -> None:
+    text = called(capsys, "bench", benchmark.name, "--help").out
+    _, _, examples = text.partition("examples:")
+    assert f"benchfs bench {benchmark.name}" in examples and f"usage: benchfs bench {benchmark.name}" in text
+
+
 def test_version() -> None:
     assert succeeds("--version").out.startswith("benchfs ")
 
@@ -92,11 +104,23 @@ def test_version() -> None:
         (["mount", "/mnt", "--registry-dir", "/r", "-o", "attr_timeout=-1"], "mount.attr_timeout_s cannot be '-1'"),
         (["mount", "/mnt", "--registry-dir", "/r", "--attr-timeout", "soon"], "mount.attr_timeout_s cannot be 'soon'"),
         (["mount", "/mnt", "--registry-dir", "/r", "--config", "/none"], "/none: cannot read the settings"),
+        (["up", ""], "argument MOUNTPOINT: it is empty"),
+        (["mount", "/mnt", "--registry-dir", ""], "argument --registry-dir: it is empty"),
+        (["init", "", "--daemons", "1"], "argument REGISTRY: it is empty"),
         (["init", "/r"], "the following arguments are required: --daemons"),
         (["init", "/r", "--daemons", "2", "--chunk-size", "3M"], "cluster.chunk_size cannot be '3M'"),
         (["up", "/mnt", "--"], "a command has to follow --"),
         (["up", "/mnt", "--daemons", "0"], "a cluster has 1 to 256 daemons, not '0'"),
         (["umount", "/mnt", "--timeout", "0"], "a number of seconds above 0"),
+        (["bench"], "the following arguments are required: BENCHMARK"),
+        (["bench", "small", "--mode", "local"], "the following arguments are required: --registry-dir"),
+        (["bench", "small", "--mode", "fast", "--registry-dir", "/r"], "invalid choice: 'fast'"),
+        (["bench", "small", "--mode", "client", "--registry-dir", ""], "argument --registry-dir: it is empty"),
+        (
+            ["bench", "small", "--mode", "client", "--registry-dir", "/r", "--iterations", "0"],
+            "a measurement has 1 to 1000000 iterations, not '0'",
+        ),
+        (["bench", "small", "--mode", "client", "--registry-dir", "/r", "--tls", "a b"], "ucx.tls cannot be 'a b'"),
         (["umount", "/mnt", "--timeout", "nan"], "a number of seconds above 0"),
     ],
 )
@@ -189,6 +213,44 @@ def test_bad_mount_points_are_refused_before_anything_starts(place: Path) -> Non
     assert "lies inside the mount point" in refused("mount", place, "--registry-dir", registry)
     assert "lies inside the mount point" in refused("up", place, "--data-dir", place / "data")
     assert not (place / "data").exists()
+
+
+@pytest.mark.parametrize(
+    "place", [Path("/"), Path(cli.__file__).parent, Path(cli.__file__).parents[1], Path(sys.prefix)]
+)
+def test_nothing_is_mounted_over_this_very_program(place: Path) -> None:
+    with pytest.raises(UserError, match=r"holds this program .* which the mount would hide: choose another place"):
+        mountpoints.check_directory(place.resolve())
+
+
+def test_an_ordinary_user_mounts_where_they_may_write_and_for_themselves(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=f"you may not write to {place}/mnt: without root, choose"):
+        mountpoints.check_directory(place / "mnt")
+    monkeypatch.setattr(mountpoints, "users_may_let_others_in", lambda: False)
+    with pytest.raises(UserError, match="allow_other is for root alone here: leave it out, or have root add"):
+        mountpoints.prepare(place / "mnt", place / "registry", allow_other=True)
+
+
+def test_names_that_cannot_be_written_down_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mnt, strange = place / "mnt", place / os.fsdecode(b"\xff\xfe")
+    registry = place / "registry"
+    init_registry(registry, 1)
+    assert "the registry '" in refused("init", strange, "--daemons", "1")
+    assert "the registry '" in refused("up", mnt, "--data-dir", strange)
+    with Registry(registry) as opened, pytest.raises(UserError, match=r"the data directory '.*: choose another"):
+        DataDir(strange, opened)
+    strange.mkdir(exist_ok=True)
+    assert "has a name that is not UTF-8: choose another" in refused("up", strange, "--data-dir", place / "data")
+    gone = place / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(UserError, match="the current directory has gone: give the whole path of mnt"):
+        kernel_mounts.plain_path(Path("mnt"))
 
 
 def test_a_registry_that_is_none(place: Path) -> None:

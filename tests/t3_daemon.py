@@ -1,5 +1,6 @@
 """A daemon's rooms, wired as the program wires them, over twins of stores and network and a real registry."""
 
+import errno
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -9,18 +10,24 @@ from pathlib import Path
 
 import pytest
 import trio
+from hung import Hung
 
-from benchfs_fuse.chunks.memory import MemoryChunkStore
+from benchfs_fuse import daemon
+from benchfs_fuse.chunks.memory import MemoryChunkStore, MemoryInspector
 from benchfs_fuse.daemon import PidWatch, host_address, serve
 from benchfs_fuse.datadir import DataDir
 from benchfs_fuse.kv.memory import MemoryStore
+from benchfs_fuse.limits import BODY_MAX
 from benchfs_fuse.model import ROOT_INO, ClientId
-from benchfs_fuse.ports import Peer
+from benchfs_fuse.observe.durations import Counters
+from benchfs_fuse.ports import Ending, Peer
 from benchfs_fuse.registry import DaemonEntry, Registry, init_registry
+from benchfs_fuse.rpc import client
 from benchfs_fuse.rpc.client import Links, open_links
-from benchfs_fuse.rpc.memory import MemoryNetwork
+from benchfs_fuse.rpc.memory import MemoryNetwork, MemoryNode
 from benchfs_fuse.rpc.messages import (
     EntryReply,
+    Hello,
     Make,
     ReadChunk,
     ReadChunkReply,
@@ -28,6 +35,8 @@ from benchfs_fuse.rpc.messages import (
     StatusReply,
     WriteChunk,
     WriteChunkReply,
+    decode,
+    encode,
 )
 from benchfs_fuse.services.identity import open_store
 
@@ -41,6 +50,7 @@ class Daemon:
         self.contents: dict[bytes, bytes] = {}
         self.chunks = MemoryChunkStore()
         self.starts = 0
+        self.node: MemoryNode
         self.stopped = trio.Event()
 
     async def run(self, *, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
@@ -54,7 +64,7 @@ class Daemon:
                 store, cluster.cluster_id, data.daemon_id, cluster.shard_map, cluster.chunk_size, 1
             )
             client_id = ClientId(1000 * self.starts + data.daemon_id)
-            node = self.network.node(Peer(client_id, data.daemon_id, "host", 1, "elsewhere"))
+            node = self.node = self.network.node(Peer(client_id, data.daemon_id, "host", 1, "elsewhere"))
 
             def on_ready(entry: DaemonEntry) -> None:
                 assert entry.incarnation == incarnation == self.starts
@@ -66,10 +76,12 @@ class Daemon:
                     data,
                     store,
                     self.chunks,
+                    MemoryInspector(self.chunks),
                     node,
                     client_id,
                     incarnation=incarnation,
                     lease_s=60.0,
+                    counters=Counters,
                     on_ready=on_ready,
                 )
             node.kill()
@@ -120,6 +132,49 @@ async def test_two_daemons_serve_names_and_chunks_through_restarts(tmp_path: Pat
     assert os.listdir(tmp_path / "registry" / "daemons") == []
 
 
+async def test_a_status_has_room_whatever_the_sessions_are(tmp_path: Path) -> None:
+    init_registry(tmp_path / "registry", 1, 1 << 20)
+    async with MemoryNetwork(seed=1) as network, trio.open_nursery() as nursery:
+        with trio.fail_after(30), Registry(tmp_path / "registry") as registry:
+            await nursery.start(Daemon(tmp_path / "one", network).run)
+            entry = registry.find(0)
+            assert entry is not None
+            for number in range(40):
+                node = network.node(Peer(ClientId(100 + number), -1, "host", 1, "elsewhere"))
+                channel = await node.connect(entry.address)
+                await channel.call(Hello.op, encode(Hello("mount", "x" * 4000, False)))
+            reply = await channel.call(Status.op, encode(Status()))
+            status = decode(StatusReply, reply.body)
+            assert len(reply.body) <= BODY_MAX
+            assert 10 < len(status.sessions) < 40 and len(status.sessions) + status.more_sessions == 40
+        nursery.cancel_scope.cancel()
+
+
+async def test_while_the_registry_hangs_daemons_are_met_where_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "LOOK_S", 0.01)
+    monkeypatch.setattr(daemon, "WITHDRAW_S", 0.01)
+    init_registry(tmp_path / "registry", 1, 1 << 20)
+    async with MemoryNetwork(seed=1) as network, trio.open_nursery() as nursery:
+        one = Daemon(tmp_path / "one", network)
+        with trio.fail_after(30), Registry(tmp_path / "registry") as registry:
+            scope = await nursery.start(one.run)
+            entry = tmp_path / "registry" / "daemons" / "0.json"
+            async with open_client(registry, network) as links:
+                await links.to(0).call(Make(ROOT_INO, b"before", 0o040755, 0, 0), EntryReply)
+                with Hung(entry) as hung:
+                    for channel in list(one.node.channels):
+                        channel.cut_both(Ending.PEER)
+                    await links.to(0).call(Make(ROOT_INO, b"meanwhile", 0o040755, 0, 0), EntryReply)
+                    scope.cancel()  # a daemon stops even so
+                    await one.stopped.wait()
+                    hung.recover()
+                await nursery.start(one.run)  # found where it is now
+                await links.to(0).call(Make(ROOT_INO, b"after", 0o040755, 0, 0), EntryReply)
+        nursery.cancel_scope.cancel()
+
+
 async def test_the_end_of_a_process_is_an_event() -> None:
     async with trio.open_nursery() as nursery:
         process = await nursery.start(partial(trio.run_process, ["sleep", "60"], check=False))
@@ -138,6 +193,19 @@ async def test_the_end_of_a_process_is_an_event() -> None:
 @pytest.mark.parametrize("pid", [1 << 22, 0])
 async def test_what_is_no_process_cannot_be_watched(pid: int) -> None:
     assert PidWatch.open(pid) is None
+
+
+async def test_a_process_that_cannot_be_watched_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    watch = PidWatch.open(os.getpid())
+    assert watch is not None
+    with trio.move_on_after(0) as scope:
+        await watch.wait_gone()
+    assert scope.cancelled_caught
+    watch.close()
 
 
 def test_this_hosts_address_is_one_of_its_own() -> None:

@@ -5,13 +5,14 @@ import json
 import mmap
 import os
 import resource
+import shutil
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from benchfs_fuse import doctor
+from benchfs_fuse import companion, doctor
 from benchfs_fuse.doctor import Finding
 
 
@@ -65,6 +66,23 @@ def test_a_missing_configuration_allows_nothing(tmp_path: Path) -> None:
 def test_only_root_mounts_without_fusermount(tmp_path: Path, euid: int, level: str) -> None:
     found = doctor.check_fusermount(lambda _: None, tmp_path / "none", euid)
     assert (found.level, found.cost) == (level, "only root can mount")
+
+
+def test_a_helper_that_cannot_do_its_work(tmp_path: Path) -> None:
+    helper, config, mtab = tmp_path / "fusermount3", tmp_path / "fuse.conf", tmp_path / "mtab"
+    helper.touch(0o755)
+    config.write_text("user_allow_other\n")
+
+    def found(euid: int) -> tuple[str, str]:
+        finding = doctor.check_fusermount(lambda _: str(helper), config, euid, mtab)
+        return finding.level, finding.cost
+
+    assert found(1000) == ("fail", "only root can mount")
+    helper.chmod(0o4755)
+    assert found(1000) == ("warn", "only root can unmount")
+    assert found(0) == ("ok", "")
+    mtab.touch()
+    assert found(1000) == ("ok", "")
 
 
 def test_a_refused_ring_fails_with_the_reason() -> None:
@@ -167,6 +185,21 @@ def test_knobs_need_root_and_sysfs(tmp_path: Path, mounts: str, has_bdi: bool, e
     assert doctor.check_knobs(mountinfo, bdi, euid).found == found
 
 
+def test_the_companion_library_is_missed(tmp_path: Path) -> None:
+    assert doctor.check_companion(tmp_path).found == "not built"
+    built = companion.find()
+    assert built is not None
+    shutil.copy(built, tmp_path)
+    shutil.copy(built.parent / "companion.c", tmp_path)
+    assert doctor.check_companion(tmp_path).level == "ok"
+    with (tmp_path / "companion.c").open("a") as source:
+        source.write("/* another version */")
+    assert doctor.check_companion(tmp_path).found == "built from another version, and left out"
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / built.name).write_bytes(b"nothing that can be loaded")
+    assert doctor.check_companion(tmp_path / "damaged").level == "warn"
+
+
 def test_versions_name_what_is_missing() -> None:
     assert doctor.check_packages(["trio"]).level == "ok"
     found = doctor.check_packages(["trio", "no-such-package"])
@@ -203,4 +236,10 @@ def test_a_warning_is_no_failure(
 
 def test_every_check_runs_on_this_machine(tmp_path: Path) -> None:
     names = [one.name for one in doctor.findings(tmp_path, lambda _: Probed(True, 1.0))]
-    assert len(names) == len(set(names)) == 9
+    assert len(names) == len(set(names)) == 11
+
+
+def test_addresses_that_the_world_reaches_are_told() -> None:
+    assert doctor.check_public(dict).level == "ok"
+    found = doctor.check_public(lambda: {"eth0": "8.8.4.4"})
+    assert found.level == "warn" and "8.8.4.4 on eth0" in found.found and "--public" in found.remedy

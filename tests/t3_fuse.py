@@ -4,7 +4,8 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, cast
 
@@ -18,7 +19,11 @@ from whole import CHUNK, Client, Whole, whole_cluster
 from benchfs_fuse import errors, fuse
 from benchfs_fuse.chunks.faulty import Rates
 from benchfs_fuse.fuse import BenchfsOperations, errno_of, guarded
-from benchfs_fuse.rpc.messages import GetXattr, Lookup, ReadDir, Touch
+from benchfs_fuse.model import ChunkId, make_ino
+from benchfs_fuse.observe import recording
+from benchfs_fuse.observe.statistics import Statistics
+from benchfs_fuse.rpc.messages import GetAttr, GetXattr, Lookup, ReadDir, Touch
+from benchfs_fuse.services import namespace
 
 
 class Caller(NamedTuple):
@@ -116,6 +121,16 @@ def fields(*names: str) -> SetattrFields:
     return cast(SetattrFields, Fields(**dict.fromkeys([f"update_{name}" for name in names], True)))
 
 
+class Counting:
+    """Be as much of the operations as counting takes."""
+
+    def __init__(self) -> None:
+        self.statistics = Statistics()
+
+    def asked(self) -> tuple[int, int]:
+        return 42, 7
+
+
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -131,23 +146,43 @@ def test_every_error_has_its_errno_alone_and_in_groups(caplog: pytest.LogCapture
 @pytest.mark.parametrize("error", [ValueError("bug"), KeyError(1), ExceptionGroup("g", [ValueError("bug")])])
 async def test_the_unforeseen_is_logged_and_becomes_eio(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     @guarded
-    async def handler() -> None:
+    async def handler(operations: Counting) -> None:
         raise error
 
     with caplog.at_level(logging.ERROR), pytest.raises(FUSEError) as raised:
-        await handler()
+        await handler(Counting())
     assert raised.value.errno == errno.EIO
     assert ("handler failed" in caplog.text and "bug" in caplog.text) or "KeyError" in caplog.text
 
 
 async def test_cancellation_passes_a_handler() -> None:
     @guarded
-    async def handler() -> None:
+    async def handler(operations: Counting) -> None:
         await trio.sleep_forever()
 
     with trio.move_on_after(0) as scope:
-        await handler()
+        await handler(Counting())
     assert scope.cancelled_caught
+
+
+async def test_what_a_handler_does_is_counted_and_recorded_while_somebody_wants_that() -> None:
+    @guarded
+    async def handler(operations: Counting, number: int) -> int:
+        if number:
+            raise errors.NoSpace("x")
+        return number
+
+    operations = Counting()
+    await handler(operations, 0)
+    recorder = recording.start()
+    with pytest.raises(FUSEError):
+        await handler(operations, 1)
+    recording.stop()
+    await handler(operations, 0)
+    assert operations.statistics.count("handler") == 3
+    (operation,) = recorder.operations
+    assert (operation.name, operation.unique, operation.error) == ("handler", 42, errno.ENOSPC)
+    assert 7 < operation.started_ns <= operation.ended_ns
 
 
 def test_every_operation_of_pyfuse3_is_guarded_or_left_to_it() -> None:
@@ -218,9 +253,9 @@ async def test_setattr_changes_what_its_fields_say() -> None:
         )
         for names, expected in (
             (("mode",), (0o4755, 1000, 1000, 0)),
-            (("uid",), (0o4755, 5, 1000, 0)),
-            (("gid",), (0o4755, 5, 6, 0)),
-            (("size",), (0o4755, 5, 6, 7)),
+            (("uid",), (0o755, 5, 1000, 0)),  # to give a file away takes its set-ID bits
+            (("gid",), (0o755, 5, 6, 0)),
+            (("size",), (0o755, 5, 6, 7)),
         ):
             entry = await ops.setattr(ino, wanted, fields(*names), None, CTX)
             assert (stat.S_IMODE(entry.st_mode), entry.st_uid, entry.st_gid, entry.st_size) == expected
@@ -242,6 +277,46 @@ async def test_somebody_in_a_removed_directory_sees_it_without_links() -> None:
         with pytest.raises(FUSEError) as raised:
             await ops.getattr(ino, CTX)
         assert raised.value.errno == errno.ESTALE
+
+
+async def test_a_directory_that_was_changed_here_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer to each change says what the directory is like; within the time-out that is good."""
+    asked: list[int] = []
+    async with mounted(cache_timeout_s=60.0) as (ops, _, whole):
+        directory = (await ops.mkdir(1, b"d", 0o755, CTX)).st_ino
+        whole.network.on_call = lambda op, source, target: asked.append(op)
+        before = await ops.getattr(directory, CTX)
+        asked.clear()
+        made = await ops.mknod(directory, b"f", stat.S_IFREG | 0o644, 0, CTX)
+        changes: list[Callable[[], Awaitable[object]]] = [
+            lambda: ops.link(made.st_ino, directory, b"g", CTX),
+            lambda: ops.rename(directory, b"g", directory, b"h", 0, CTX),
+            lambda: ops.unlink(directory, b"h", CTX),
+            lambda: ops.mkdir(directory, b"s", 0o755, CTX),
+        ]
+        for change in changes:
+            asked.clear()
+            assert (await ops.getattr(directory, CTX)).st_mtime_ns > before.st_mtime_ns
+            assert GetAttr.op not in asked
+            before = await ops.getattr(directory, CTX)
+            await change()
+        after = await ops.getattr(directory, CTX)
+        assert (after.st_nlink, after.st_mtime_ns > before.st_mtime_ns) == (3, True)
+        assert 0 < after.attr_timeout < 60.0
+        later_s = time.monotonic() + 61.0
+        monkeypatch.setattr(time, "monotonic", lambda: later_s)
+        asked.clear()
+        assert (await ops.getattr(directory, CTX)).attr_timeout == 60.0
+        assert asked == [GetAttr.op]
+
+
+async def test_a_directory_is_asked_for_where_the_kernel_may_keep_nothing() -> None:
+    asked: list[int] = []
+    async with mounted(cache_timeout_s=0.0) as (ops, _, whole):
+        directory = (await ops.mkdir(1, b"d", 0o755, CTX)).st_ino
+        whole.network.on_call = lambda op, source, target: asked.append(op)
+        await ops.getattr(directory, CTX)
+        assert asked == [GetAttr.op]
 
 
 async def test_rename_with_flags() -> None:
@@ -267,6 +342,45 @@ async def test_statfs_counts_every_file_system_once() -> None:
         assert data.f_blocks * data.f_frsize == space.total
         assert data.f_bavail * data.f_frsize == space.available
         assert data.f_namemax == 255
+
+
+async def test_statfs_answers_while_a_daemon_is_missing_or_silent(autojump_clock: object) -> None:
+    async with mounted() as (ops, client, whole):
+
+        async def sizes() -> tuple[int, int]:
+            data = await ops.statfs(CTX)
+            return data.f_blocks * data.f_frsize, data.f_bavail * data.f_frsize
+
+        node = whole.cluster.daemons[1].node
+        whole.network.partition(node, client.node)
+        before = trio.current_time()
+        one_total, _ = await sizes()  # nothing was ever heard of the second
+        assert trio.current_time() - before == namespace.SPACE_TIMEOUT_S
+        whole.network.heal(node, client.node)
+        both = await sizes()
+        assert both[0] == 2 * one_total
+        for missing in (0, 1):  # whichever it is, its last words count, and the other's present ones
+            daemon, other = whole.cluster.daemons[missing], whole.stores[1 - missing]
+            chunk = ChunkId(make_ino(1 - missing, 7 + missing), 0)
+            await daemon.kill()
+            while client.links.to(missing).connected:
+                await trio.lowlevel.checkpoint()
+            await other.write(chunk, 0, bytes(CHUNK))
+            before = trio.current_time()
+            assert await sizes() == (both[0], both[1] - CHUNK)
+            assert trio.current_time() - before < namespace.SPACE_TIMEOUT_S  # known to be missing: no wait
+            await other.drop([chunk.ino])
+            await daemon.start()
+            await client.links.wait_connected()
+            assert await sizes() == both
+
+
+async def test_statfs_of_which_nothing_is_known_fails(autojump_clock: object) -> None:
+    async with mounted(1) as (ops, client, whole):
+        whole.network.partition(whole.cluster.daemons[0].node, client.node)
+        with pytest.raises(FUSEError) as raised:
+            await ops.statfs(CTX)
+        assert raised.value.errno == errno.EIO
 
 
 # ── files and caches ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -439,6 +553,16 @@ async def test_a_listing_goes_on_where_it_stopped_while_names_come_and_go(kernel
         assert whole.network.calls[ReadDir.op] == 2  # what was removed here is not listed from an old page
         seen += kernel.listed
         assert [name for name, _ in seen] == [b"%02d" % number for number in [*range(25), *range(26, 30), 99]]
+        await ops.releasedir(fh)
+
+
+async def test_an_entry_for_which_the_kernel_had_no_room_is_not_remembered(kernel: Kernel) -> None:
+    async with whole_cluster(1) as whole, operations(whole) as (ops, _, _), whole.client() as other:
+        inos = [(await other.fs.mknod(f"/{number}", stat.S_IFREG | 0o600)).ino for number in range(3)]
+        fh = await ops.opendir(1, CTX)
+        kernel.room = 2
+        await ops.readdir(fh, 0, pyfuse3.ReaddirToken())
+        assert [ino in ops._told for ino in inos] == [True, True, False]
         await ops.releasedir(fh)
 
 

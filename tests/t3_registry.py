@@ -13,11 +13,12 @@ from pathlib import Path
 import msgspec
 import pytest
 import trio
+from hung import Hung
 from trio.testing import wait_all_tasks_blocked
 
 from benchfs_fuse import datadir, kernel_mounts, registry
 from benchfs_fuse.datadir import DataDir
-from benchfs_fuse.errors import UserError
+from benchfs_fuse.errors import DaemonUnreachable, UserError
 from benchfs_fuse.kernel_mounts import KernelMount
 from benchfs_fuse.layout import ShardMap
 from benchfs_fuse.processes import ProcessId, identify
@@ -177,6 +178,8 @@ def test_entries_of_ended_processes_are_recognised(opened: Registry) -> None:
         port = server.getsockname()[1]
         elsewhere = entry_of(0, dead_process(), boot="another host", port=port)
         assert not elsewhere.has_ended() and registry.answers(elsewhere)
+        before_the_reboot = msgspec.structs.replace(elsewhere, host=socket.gethostname())
+        assert not registry.answers(before_the_reboot)  # whoever it is that listens there now
     assert not registry.answers(elsewhere)
     opened.publish(entry_of(0))
     opened.publish(entry_of(1, dead.process))
@@ -205,6 +208,41 @@ async def test_a_change_ends_the_wait(opened: Registry) -> None:
             assert seen == [1, 1]
             opened.publish(entry_of(0))
     await opened.wait_changed(0, None)
+
+
+async def test_a_change_behind_a_look_is_seen_though_another_has_taken_its_event(
+    opened: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, go_on = trio.Event(), trio.Event()
+    look = opened.look
+
+    async def slowly(daemon_id: int) -> object:
+        found = await look(daemon_id)
+        if daemon_id == 1 and not looked.is_set():
+            looked.set()
+            await go_on.wait()
+        return found
+
+    monkeypatch.setattr(opened, "look", slowly)
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(opened.wait_changed, 0, None)
+            nursery.start_soon(opened.wait_changed, 1, None)
+            await looked.wait()
+            while not opened._leading:
+                await trio.lowlevel.checkpoint()
+            events = opened._events
+            opened.publish(entry_of(1))
+            while opened._events == events:
+                await trio.lowlevel.checkpoint()
+            go_on.set()
+            await opened.wait_changed(1, None)
+            nursery.cancel_scope.deadline = trio.current_time() + 3
+            while len(nursery.child_tasks) > 1:
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.deadline = float("inf")
+            opened.publish(entry_of(0))
+    assert not nursery.cancel_scope.cancelled_caught
 
 
 async def test_who_watches_for_all_may_be_cancelled(opened: Registry) -> None:
@@ -244,11 +282,9 @@ async def test_waiting_for_the_complete_set_says_what_is_missing(opened: Registr
         async with trio.open_nursery() as nursery:
             nursery.start_soon(opened.wait_complete, 1000, said.append)
             for daemon_id in range(3):
-                await wait_all_tasks_blocked()
-                assert len(said) == daemon_id + 1
-                opened.publish(entry_of(daemon_id))
-                while len(said) == daemon_id + 1 and daemon_id < 2:
+                while len(said) < daemon_id + 1:
                     await trio.lowlevel.checkpoint()
+                opened.publish(entry_of(daemon_id))
     assert said == [
         "waiting for 3 of 3 daemons: 0 (last seen with /scratch/d0 on node7), 1 (never started), 2 (never started)",
         "waiting for 2 of 3 daemons: 1 (never started), 2 (never started)",
@@ -260,6 +296,47 @@ async def test_waiting_for_the_complete_set_ends_with_a_sentence(opened: Registr
     opened.publish(entry_of(0))
     opened.publish(entry_of(2, dead_process()))
     with refused(r"gave up after 0 s without 2 of 3 daemons: 1 \(never started\), 2 \(its process \d+ has ended\)"):
+        await opened.wait_complete(0.01, lambda sentence: None)
+
+
+# ── a registry that hangs ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_registry_that_hangs_stops_nobody_but_who_asks_it(opened: Registry) -> None:
+    opened.publish(entry_of(1))
+    assert await opened.look(1) == entry_of(1)
+    with trio.fail_after(10), Hung(opened.path / "daemons" / "0.json") as hung:
+        seen: list[DaemonEntry | None] = []
+
+        async def look(daemon_id: int) -> None:
+            seen.append(await opened.look(daemon_id))
+
+        threads = threading.active_count()
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                with trio.move_on_after(0):
+                    await opened.look(0)  # given up at once, again and again
+                nursery.start_soon(look, 0)
+                nursery.start_soon(look, 1)
+                await wait_all_tasks_blocked()
+            assert seen == [] and threading.active_count() <= threads + 1
+            hung.recover()
+    assert seen.count(None) == seen.count(entry_of(1)) == 20
+
+
+async def test_what_cannot_be_read_is_a_daemon_that_cannot_be_reached(opened: Registry) -> None:
+    (opened.path / "daemons" / "0.json").write_text("garbage")
+    with pytest.raises(DaemonUnreachable, match=r"0\.json is damaged"):
+        await opened.look(0)
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(opened.wait_changed, 0, None)
+            await wait_all_tasks_blocked()
+            opened.publish(entry_of(0))
+
+
+async def test_a_start_gives_up_on_a_registry_that_hangs(opened: Registry) -> None:
+    with Hung(opened.path / "daemons" / "0.json"), refused("gave up after 0 s: the registry .* does not answer"):
         await opened.wait_complete(0.01, lambda sentence: None)
 
 

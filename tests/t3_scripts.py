@@ -83,14 +83,15 @@ def test_an_installation_that_does_not_help_is_an_error(tmp_path: Path) -> None:
     assert "still missing after their installation: pkg-config libfuse3-dev fuse3 fio" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["a", "b"]])
-def test_quickstart_explains_itself(arguments: list[str]) -> None:
-    done = subprocess.run(["scripts/quickstart", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("script", ["quickstart", "bench-compare"])
+@pytest.mark.parametrize("arguments", [["--help"], ["a", "b", "c"]])
+def test_a_script_explains_itself(script: str, arguments: list[str]) -> None:
+    done = subprocess.run([f"scripts/{script}", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "scripts/quickstart [MOUNTPOINT]" in done.stderr
+    assert f"scripts/{script} [MOUNTPOINT" in done.stderr
 
 
 def test_scripts_can_be_run_and_parsed() -> None:
-    for script in ("scripts/test", "scripts/quickstart", ".ci/run"):
+    for script in ("scripts/test", "scripts/quickstart", "scripts/bench-compare", ".ci/run"):
         assert os.access(ROOT / script, os.X_OK), script
         assert subprocess.run(["sh", "-n", script], cwd=ROOT, check=False).returncode == 0, script

@@ -75,3 +75,12 @@ def test_levels_without_devices_run_without_them(tmp_path: Path) -> None:
     lacking = CONFTEST + '\ndef missing_devices() -> str:\n    return "/dev/fuse missing"\n'
     shown = run(tmp_path, "t3_x.py", conftest=lacking, BENCHFS_REQUIRE_DEVICES="1")
     assert "1 passed, 1 failed, 1 skipped, 1 expected failures\n" in shown
+
+
+def test_two_long_byte_strings_are_compared_at_once_where_ci_is_set(tmp_path: Path) -> None:
+    (tmp_path / "t0_bytes.py").write_text(
+        'def test_bytes():\n    assert b"".join(b"%d." % n for n in range(30000)) == b"0.1.2,3.4" * 20000\n'
+    )
+    ended = ("-o", "faulthandler_timeout=60", "-o", "faulthandler_exit_on_timeout=true")
+    shown = run(tmp_path, "t0_x.py", "-k", "test_bytes", *ended, CI="true")
+    assert "At index 5 diff: b'.' != b','" in shown

@@ -1,25 +1,28 @@
 """Check what the disk store promises beyond its port, on real files and a real ring: damage, crashes, races, bounds."""
 
+import errno
 import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
-from benchfs_fuse.chunks.disk import FILES_OPEN_MAX, DiskChunkStore
+from benchfs_fuse.chunks.disk import DiskChunkStore
 from benchfs_fuse.chunks.table import ChunkTable
 from benchfs_fuse.chunks.uring import PLAIN_LENGTH_MAX, ProbeResult, Ring
-from benchfs_fuse.errors import NoSpace, StorageError, UserError
+from benchfs_fuse.errors import NoSpace, NotSupported, QuotaExceeded, StorageError, UserError
 from benchfs_fuse.kv.memory import MemoryStore
 from benchfs_fuse.kv.rocks import RocksStore
-from benchfs_fuse.model import ChunkId
+from benchfs_fuse.limits import FILES_OPEN_MAX
+from benchfs_fuse.model import ChunkId, DataRange
 from benchfs_fuse.ports import Buffer, KeyValueStore
 
 BLOCK = 4096
@@ -35,6 +38,17 @@ class SteeredRing(Ring):
         self.write_error: OSError | None = None
         self.sync_error: OSError | None = None
         self.synced: list[str] = []
+        #: What fallocate fails with: after it was done in the first half of the range.
+        self.allocate_error: OSError | None = None
+        self.hold_allocate: trio.Event | None = None
+
+    async def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        if self.hold_allocate is not None:
+            await self.hold_allocate.wait()
+        if self.allocate_error is not None and not mode & 2:
+            await super().fallocate(fd, mode, offset, length // 2)
+            raise self.allocate_error
+        await super().fallocate(fd, mode, offset, length)
 
     async def write(self, fd: int, data: Buffer, offset: int) -> None:
         if self.write_error is not None:
@@ -88,6 +102,18 @@ async def removed(kv: MemoryStore) -> None:
 # Damage.
 
 
+async def test_what_was_cut_off_is_synced_away(tmp_path: Path) -> None:
+    """A truncation is in the table at once. The file must not keep the bytes until the table grows over them again."""
+    async with opened(tmp_path) as (store, ring):
+        await store.write(CHUNK, 0, b"x" * 2 * BLOCK)
+        await store.trim(77, 3, BLOCK + 1)
+        assert ring.synced == [f"{77:016x}.{3:08x}"]
+        await store.trim(77, 3, BLOCK + 1)  # whoever asks again may not know that it was done
+        assert ring.synced == [f"{77:016x}.{3:08x}"] * 2
+        await store.trim(77, 3, 0)
+        assert len(ring.synced) == 2
+
+
 @pytest.mark.parametrize("length", [0, 100, 2 * BLOCK - 1])
 async def test_a_chunk_file_that_was_cut_is_an_error(tmp_path: Path, length: int) -> None:
     kv = MemoryStore()
@@ -95,15 +121,13 @@ async def test_a_chunk_file_that_was_cut_is_an_error(tmp_path: Path, length: int
         await store.write(CHUNK, 0, b"x" * 2 * BLOCK)
         await store.write(ChunkId(77, 4), 0, b"y")
         os.truncate(files(tmp_path)[0], length)
-        with pytest.raises(StorageError, match="file ends at"):
+        with pytest.raises(StorageError, match="its record says"):
             await content(store)
     async with opened(tmp_path, kv) as (store, _):
         with pytest.raises(StorageError, match="its record says"):
             await content(store)
         with pytest.raises(StorageError, match="its record says"):
             await store.write(CHUNK, 5 * BLOCK, b"x")
-        with pytest.raises(StorageError, match="its record says"):
-            await store.trim(77, 3, 10)
         with pytest.raises(StorageError, match="its record says"):
             await store.sync(77)
         assert await content(store, ChunkId(77, 4)) == b"y"
@@ -164,6 +188,10 @@ async def scenario(store: DiskChunkStore, done: list[str]) -> None:
     done.append("dropped")
     await store.write(CHUNK, BLOCK, b"e" * 10)
     done.append("made again")
+    await store.allocate(CHUNK, 0, 3 * BLOCK)
+    done.append("allocated")
+    await store.punch(CHUNK, BLOCK, 2 * BLOCK)
+    done.append("punched")
 
 
 STATES = {
@@ -175,12 +203,14 @@ STATES = {
     "grown again": (b"a" * (BLOCK + 100) + bytes(3 * BLOCK - 100) + b"d" * BLOCK, b""),
     "dropped": (b"", b""),
     "made again": (bytes(BLOCK) + b"e" * 10, b""),
+    "allocated": (bytes(BLOCK) + b"e" * 10 + bytes(2 * BLOCK - 10), b""),
+    "punched": (bytes(3 * BLOCK), b""),
 }
 STEPS = list(STATES)
 
 
 @pytest.mark.parametrize("hook", ["before_write", "after_write"])
-@pytest.mark.parametrize("number", range(1, 14))
+@pytest.mark.parametrize("number", range(1, 16))
 async def test_a_crash_at_any_write_of_the_table(tmp_path: Path, hook: str, number: int) -> None:
     """Find the state before or after the step that was interrupted, or, for a trim, between; then go on from there."""
 
@@ -220,8 +250,9 @@ async def test_the_crash_points_above_are_all(tmp_path: Path) -> None:
     async with opened(tmp_path, kv) as (store, _):
         await scenario(store, [])
         await removed(kv)
-    # Three chunks made (two writes each), two grown, a trim (a drop and a cut), a drop, garbage forgotten.
-    assert 6 + 2 + 2 + 1 + 1 <= kv.writes <= 13
+    # Three chunks made (two writes each), two grown, a trim (a drop and a cut), a drop, an allocation, a hole, garbage
+    # forgotten.
+    assert 6 + 2 + 2 + 1 + 2 + 1 <= kv.writes <= 15
 
 
 WRITER = """
@@ -394,7 +425,8 @@ async def test_a_trim_waits_for_writes_and_holds_new_ones_back(tmp_path: Path) -
             assert order == ["another chunk", "another file"]
             assert len(await content(store)) == 15_000
             hold.set()
-        assert order[2:] == ["before", "trim", "after"]
+        # The trim goes on to sync what it cut off while the write that it held back is done.
+        assert order[2] == "before" and sorted(order[3:]) == ["after", "trim"]
         assert await content(store) == b"oldoldoldo" + bytes(10) + b"after"
 
 
@@ -560,6 +592,128 @@ async def test_a_second_sync_does_not_overtake_the_first(tmp_path: Path) -> None
     assert ended == [1, 2]
     await store.aclose()
     await ring.aclose()
+
+
+# Space.
+
+
+def taken(path: Path) -> int:
+    """Return the bytes of space that a file takes on the disk, extents of the file system's own left out."""
+    return path.stat().st_blocks * 512
+
+
+async def test_space_is_really_reserved_and_freed(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (store, _):
+        assert await store.allocate(CHUNK, 0, 256 * BLOCK) == 256 * BLOCK
+        (path,) = files(tmp_path)
+        assert path.stat().st_size == 256 * BLOCK
+        reserved = taken(path)
+        assert 256 * BLOCK <= reserved < 260 * BLOCK
+        await store.write(CHUNK, 0, b"x" * 256 * BLOCK)
+        await store.sync(77)
+        assert taken(path) - reserved < 4 * BLOCK
+        assert await store.punch(CHUNK, 10 * BLOCK, 200 * BLOCK) == 200 * BLOCK
+        assert taken(path) <= reserved - 196 * BLOCK
+        assert path.stat().st_size == 256 * BLOCK
+        assert await store.allocate(CHUNK, 0, 256 * BLOCK, zero=True) == 200 * BLOCK
+        assert taken(path) >= 256 * BLOCK
+        assert path.read_bytes() == bytes(256 * BLOCK)
+
+
+async def test_a_reservation_does_not_take_the_reserve(tmp_path: Path) -> None:
+    space = os.statvfs(tmp_path)
+    free = space.f_bavail * space.f_frsize
+    async with opened(tmp_path, reserve=free - 64 * BLOCK) as (store, _):
+        with pytest.raises(NoSpace):
+            await store.allocate(CHUNK, 0, 1024 * BLOCK)
+        assert await content(store) == b"" and not files(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EOPNOTSUPP, errno.EIO])
+async def test_an_allocation_that_fails_gives_back_what_it_got(tmp_path: Path, number: int) -> None:
+    kinds = {
+        errno.ENOSPC: NoSpace,
+        errno.EDQUOT: QuotaExceeded,
+        errno.EOPNOTSUPP: NotSupported,
+        errno.EIO: StorageError,
+    }
+    async with opened(tmp_path) as (store, ring):
+        await store.write(CHUNK, 0, b"x" * 2 * BLOCK)
+        await store.write(CHUNK, 100 * BLOCK, b"y" * BLOCK)
+        await store.sync(77)
+        (path,) = files(tmp_path)
+        before = taken(path)
+        ring.allocate_error = OSError(number, os.strerror(number))
+        with pytest.raises(kinds[number]):
+            await store.allocate(CHUNK, 0, 180 * BLOCK)
+        with pytest.raises(kinds[number]):
+            await store.allocate(CHUNK, 100 * BLOCK, 400 * BLOCK)
+        ring.allocate_error = None
+        expected = b"x" * 2 * BLOCK + bytes(98 * BLOCK) + b"y" * BLOCK
+        assert await content(store, length=200 * BLOCK) == expected
+        assert path.stat().st_size == 101 * BLOCK
+        assert taken(path) - before < 4 * BLOCK
+        assert await store.trim(77, 3, 0) == (3 * BLOCK, 0)
+
+
+async def test_a_failed_hole_frees_nothing(tmp_path: Path) -> None:
+    class Failing(SteeredRing):
+        async def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+            raise OSError(errno.EOPNOTSUPP, "not here")
+
+    ring = Failing()
+    async with trio.open_nursery() as nursery:
+        store = DiskChunkStore(tmp_path, MemoryStore(), ring, nursery)
+        await store.write(CHUNK, 0, b"x" * 2 * BLOCK)
+        with pytest.raises(NotSupported):
+            await store.punch(CHUNK, 0, BLOCK)
+        with pytest.raises(NotSupported):
+            await store.allocate(CHUNK, 0, BLOCK, zero=True)
+        assert await content(store) == b"x" * 2 * BLOCK
+        assert (await store.map(77, 0, 0, 9, 9)).ranges == (DataRange(3, 0, 2 * BLOCK),)
+        nursery.cancel_scope.cancel()
+    await store.aclose()
+    await ring.aclose()
+
+
+@pytest.mark.parametrize("change", ["allocate", "zero", "punch", "give back"])
+async def test_a_change_of_space_has_the_chunk_alone(tmp_path: Path, change: str) -> None:
+    """Writes and trims wait for it, it waits for writes; reads and drops go on; a drop in the middle comes last."""
+    async with opened(tmp_path) as (store, ring):
+        await store.write(CHUNK, 0, b"x" * 2 * BLOCK)
+
+        async def alter() -> None:
+            if change in ("allocate", "zero"):
+                await store.allocate(CHUNK, 0, 3 * BLOCK, zero=change == "zero")
+            else:
+                await store.punch(CHUNK, 0, 2 * BLOCK, zeros_only=change == "give back")
+
+        if change == "give back":
+            await store.allocate(CHUNK, 0, 2 * BLOCK, zero=True)
+        hold = ring.hold_allocate = trio.Event()
+        done: list[str] = []
+
+        async def note(name: str, call: Callable[[], Awaitable[object]]) -> None:
+            await call()
+            done.append(name)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(note, "alter", alter)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(note, "write", partial(store.write, CHUNK, BLOCK, b"new"))
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(await content(store)) == 2 * BLOCK
+            assert done == []
+            hold.set()
+        assert done == ["alter", "write"]
+        assert (await content(store))[BLOCK : BLOCK + 3] == b"new"
+        hold = ring.hold_allocate = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(alter)
+            await trio.testing.wait_all_tasks_blocked()
+            await store.drop([77])
+            hold.set()
+        assert await content(store) == b"" and (await store.map(77, 0, 0, 9, 9)).ranges == ()
 
 
 # Bounds and paths.

@@ -58,6 +58,12 @@ step()
 file.write(bytes({WRITTEN}))
 """
 
+LOCKER = """
+import fcntl
+file = open(sys.argv[1] + '/f', 'wb', buffering=0)
+fcntl.flock(file, fcntl.LOCK_EX)
+"""
+
 
 def nothing_runs_below(directory: Path) -> bool:
     """Tell whether no mount, no process and no record is left."""
@@ -155,6 +161,54 @@ def test_up_again_finds_every_file(place: Path) -> None:
     succeeds("down", mnt)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("new\nline", "link"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("with space", "ümläut", "mnt/../mnt", "tab\tand\\\\back")
+        ),
+    ],
+)
+def test_mount_points_and_directories_may_have_any_name(place: Path, name: str) -> None:
+    """Relative ones too, and those behind a symbolic link; without HOME and with a TMPDIR that is not there."""
+    (place / "link").symlink_to("mnt")
+    (place / name).mkdir(exist_ok=True)
+    env = {"TMPDIR": str(place / "none"), "HOME": ""}
+    succeeds("up", name, "--data-dir", f"data {name}".replace("/", "-"), "--daemons", "1", env=env, cwd=place)
+    (place / name / "f").write_text("content")
+    assert succeeds("layout", f"{name}/f", cwd=place).out
+    assert succeeds("status", name, cwd=place).out
+    succeeds("down", name, env=env, cwd=place)
+    assert not (place / name / "f").exists()
+
+
+@pytest.mark.slow
+def test_a_registry_behind_a_symbolic_link(up: Up, place: Path) -> None:
+    (place / "registry").symlink_to(up.data / "registry")
+    (place / "other").mkdir()
+    succeeds("mount", "other", "--registry-dir", "registry", cwd=place)
+    succeeds("umount", "other", cwd=place)
+
+
+def test_a_read_only_file_system(place: Path) -> None:
+    disk = place / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", disk], check=True, timeout=PATIENCE_S)
+    try:
+        (disk / "mnt").mkdir()
+        (disk / "data").mkdir()
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True, timeout=PATIENCE_S)
+        for data in ("data", "new"):
+            assert "Read-only file system" in refused("up", place / "mnt", "--data-dir", disk / data)
+        assert "Read-only file system" in refused("init", disk / "registry", "--daemons", "1")
+        succeeds("up", disk / "mnt", "--data-dir", place / "data", "--daemons", "1")  # what is below does not matter
+        succeeds("down", disk / "mnt")
+    finally:
+        subprocess.run(["umount", disk], check=True, timeout=PATIENCE_S)
+
+
 def test_up_twice_changes_nothing(place: Path) -> None:
     mnt, data = place / "mnt", place / "data"
     succeeds("up", mnt, "--data-dir", data, "--daemons", "3", "--chunk-size", "64K")
@@ -198,6 +252,7 @@ def test_up_starts_what_has_died(up: Up) -> None:
     succeeds("down", up.mnt)
 
 
+@pytest.mark.slow
 def test_a_cluster_can_be_copied_and_started_elsewhere(place: Path) -> None:
     mnt, data, copy = place / "mnt", place / "data", place / "copy"
     script = f"for n in 1 2 3 4; do mkdir {mnt}/d$n; seq 100000 > {mnt}/d$n/f; done"
@@ -275,11 +330,19 @@ def test_an_up_that_is_interrupted_leaves_nothing_running(place: Path) -> None:
     assert "no local cluster is up" in refused("down", mnt)
 
 
+def runs_below(pid: int, module: str) -> bool:
+    """Tell whether a child of a process runs a module."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return any(module.encode() in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
+
+
 def test_an_up_that_is_killed_is_found_again(place: Path) -> None:
     mnt, data = place / "mnt", place / "data"
     data.mkdir()
     with running_benchfs("up", mnt, "--data-dir", data) as running:
         wait_until((data / "mount.log").exists, data)
+        while not runs_below(running.popen.pid, "benchfs_fuse.mount"):  # the log is there before the process is
+            os.sched_yield()
         running.popen.kill()
         assert running.wait().code == -signal.SIGKILL
     wait_until(lambda: record_at(mnt) is not None, runtime_dir())  # what it has started goes on
@@ -333,7 +396,7 @@ def test_mount_returns_when_the_mount_answers(cluster: Cluster, place: Path) -> 
     assert succeeds("mount", one, "--registry-dir", cluster.registry) == (0, "", "")
     (one / "f").write_bytes(b"hello")
     log = place / "two.log"
-    done = succeeds("mount", "two", "--registry-dir", cluster.registry, "--log", "two.log", cwd=place)
+    done = succeeds("mount", "two", "--registry-dir", cluster.registry, "--log", "two.log", "--no-locks", cwd=place)
     assert f"this cluster is also mounted at {one}" in done.err and "hold within one mount only" in done.err
     assert "also mounted" in log.read_text()
     assert (two / "f").read_bytes() == b"hello"
@@ -496,6 +559,7 @@ def test_a_dead_mount_is_told_and_cleaned_up(cluster: Cluster) -> None:
     assert succeeds("umount", dead.mountpoint, "--force") == (0, "", "")
 
 
+@pytest.mark.slow
 def test_a_mount_without_its_record_is_left_in_peace(cluster: Cluster, mounted: Mount) -> None:
     """To root, somebody else's mount looks like this."""
     (mounted.mountpoint / "kept").write_bytes(b"x")
@@ -620,6 +684,14 @@ def test_status_shows_daemons_and_what_is_under_way(cluster: Cluster, mounted: M
         assert [one["label"] for one in daemon["status"]["sessions"] if one["kind"] == "mount"] == [
             str(mounted.mountpoint)
         ]
+
+
+def test_status_counts_locks(mounted: Mount) -> None:
+    with holding(LOCKER, mounted.mountpoint):
+        done = succeeds("status", mounted.mountpoint)
+        found = json.loads(succeeds("status", mounted.mountpoint, "--json").out)
+    assert "  1 locks held, 0 waited for\n" in done.out and (found["locks_held"], found["locks_waiting"]) == (1, 0)
+    assert sorted(daemon["status"]["locks"] for daemon in found["daemons"]) == [0, 1]
 
 
 def test_status_tells_who_is_missing_since_when(up: Up) -> None:
@@ -787,6 +859,7 @@ def test_a_full_data_directory(place: Path, large_disk: Path) -> None:
     succeeds("down", mnt)
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_inside_the_mount_itself(cluster: Cluster, mounted: Mount, place: Path) -> None:
     inside = mounted.mountpoint
     (inside / "inner").mkdir()

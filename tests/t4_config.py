@@ -2,13 +2,13 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
 import signal
 import stat
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +19,6 @@ import pytest
 from cli_help import (
     HELD,
     PATIENCE_S,
-    Running,
     benchfs,
     daemons_of,
     holding,
@@ -29,10 +28,12 @@ from cli_help import (
     take_away,
     tell,
 )
-from cluster import Cluster, Mount, running_cluster
+from cluster import Cluster, Mount, Process, running_cluster
+from netns import IN_PUBLIC
 
-from benchfs_fuse import config, control
-from benchfs_fuse.registry import Registry
+from benchfs_fuse import client, config, control
+from benchfs_fuse.processes import cpu_ns
+from benchfs_fuse.registry import Registry, init_registry
 
 T = TypeVar("T", bound=Callable[..., object])
 
@@ -169,6 +170,32 @@ def test_others_get_in_with_allow_other(cluster: Cluster, mounting: Callable[...
     assert "Permission denied" in as_nobody(closed)
 
 
+@shows("mount.companion")
+def test_the_companion_library_can_be_left_out(mounting: Callable[..., Mount]) -> None:
+    for mount, reserves in ((mounting(), True), (mounting("--no-companion"), False)):
+        with (mount.mountpoint / f"file {reserves}").open("wb") as file:
+            if reserves:
+                os.posix_fallocate(file.fileno(), 0, 65536)
+                assert os.fstat(file.fileno()).st_blocks == 128
+            else:
+                done = subprocess.run(["fallocate", "-l64K", file.name], capture_output=True, text=True, check=False)
+                assert "not supported" in done.stderr
+
+
+@shows("mount.locks")
+def test_locks_hold_over_the_mounts_that_want_it(mounting: Callable[..., Mount]) -> None:
+    here, there, alone = mounting(), mounting("--locks"), mounting("--no-locks")
+    (here.mountpoint / "locked").touch()
+    with contextlib.ExitStack() as stack:
+        fds = [os.open(mount.mountpoint / "locked", os.O_RDWR) for mount in (here, there, alone)]
+        for fd in fds:
+            stack.callback(os.close, fd)
+        fcntl.flock(fds[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(fds[1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fds[2], fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 @shows("mount.noatime")
 def test_access_times_stay_with_noatime(mounting: Callable[..., Mount]) -> None:
     for mount, moves in ((mounting("--noatime"), False), (mounting(), True)):
@@ -206,11 +233,6 @@ for file in files:
 """
 
 
-def cpu_ns(pid: int) -> int:
-    """Return how long a process has run (Documentation/scheduler/sched-stats.rst)."""
-    return sum(int(Path(task, "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir())
-
-
 def ask_with_pauses(directory: Path) -> None:
     """Cause a request to a daemon now and then; the pauses are longer than the longest spin."""
     for number in range(5):
@@ -219,25 +241,39 @@ def ask_with_pauses(directory: Path) -> None:
         time.sleep(0.11)
 
 
+#: A good part of five spins of 100 ms, and how long to look for a moment in which few others compute.
+SPUN_NS = 60_000_000
+LOOK_S = 120.0
+
+
+@pytest.mark.slow
 @shows("mount.spin_us", "daemon.spin_us")
 def test_spinning_costs_what_it_is_allowed(place: Path) -> None:
-    """The longest spin, 100 ms, is seen in the CPU time of who waits; on a single core nobody spins."""
+    """The longest spin, 100 ms, is seen in the CPU time of who waits; on a single core nobody spins.
+
+    Who spins yields to programs that compute, and then sleeps: so the spin is looked for until nobody is in its way.
+    Who may not spin never takes that long.
+    """
     lone = len(os.sched_getaffinity(0)) == 1
     mnt = place / "mnt"
-    spent = {}
     for daemon_us, mount_us in ((0, 100_000), (100_000, 0)):
         env = {"BENCHFS_DAEMON_SPIN_US": str(daemon_us)}
         succeeds("up", mnt, "--data-dir", place / "data", "--spin", mount_us, env=env)
         (record,) = records_below(place)
         pids = {"mount": record.process.pid, "daemon": daemons_of(place / "data")[0].pid}
+        spinner, sleeper = ("mount", "daemon") if mount_us else ("daemon", "mount")
         ask_with_pauses(mnt)  # warm
-        before = {who: cpu_ns(pid) for who, pid in pids.items()}
-        ask_with_pauses(mnt)
-        for who, pid in pids.items():
-            spent[who, mount_us if who == "mount" else daemon_us] = cpu_ns(pid) - before[who]
+        longest_ns, end_s = 0, time.monotonic() + (0 if lone else LOOK_S)
+        while True:
+            before = {who: cpu_ns(pid) for who, pid in pids.items()}
+            ask_with_pauses(mnt)
+            spent = {who: cpu_ns(pid) - before[who] for who, pid in pids.items()}
+            assert spent[sleeper] < SPUN_NS, spent
+            longest_ns = max(longest_ns, spent[spinner])
+            if longest_ns > SPUN_NS or time.monotonic() > end_s:
+                break
         succeeds("down", mnt)
-    for who in ("mount", "daemon"):
-        assert lone or spent[who, 100_000] > 2 * spent[who, 0] + 50_000_000, spent
+        assert (longest_ns > SPUN_NS) != lone, f"{spinner}: {longest_ns} ns"
 
 
 # ── daemon ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -363,17 +399,42 @@ def test_tls_narrows_the_transports(mounting: Callable[..., Mount]) -> None:
 
 
 @shows("ucx.net_devices")
+@pytest.mark.slow
 def test_net_devices_narrows_the_devices(cluster: Cluster, mounting: Callable[..., Mount], place: Path) -> None:
     mount = mounting("--tls=tcp", "--net-devices=lo")
     assert transports(mount) == {"tcp"}
-    program = (
-        "import sys, benchfs_fuse.client as client\nclient.CONNECT_TIMEOUT_S = 2.0\n"
-        "from benchfs_fuse.mount import main\nsys.exit(main())"
-    )
-    words = [str(place / "mnt"), "--registry-dir", str(cluster.registry), "--tls=tcp", "--net-devices=none0"]
-    with Running(sys.executable, "-c", program, *words) as wrong:
-        done = wrong.wait()
-    assert done.code == 1 and done.err.splitlines()[-1].startswith("benchfs: "), done
+    started = time.monotonic()
+    for words in (("--net-devices=none0",), ("--tls=nonsense",)):
+        assert "benchfs doctor lists what there is" in refused(
+            "mount", place / "mnt", "--registry-dir", cluster.registry, *words
+        )
+        assert "benchfs doctor lists what there is" in refused(
+            "up", place / "mnt", "--data-dir", place / "data", *words
+        )
+    assert time.monotonic() - started < client.CONNECT_TIMEOUT_S  # nobody has waited for anybody
+
+
+@shows("ucx.public")
+def test_public_lets_a_daemon_listen_to_the_world(tmp_path: Path) -> None:
+    init_registry(tmp_path / "registry", 1)
+    words = [
+        "--registry-dir",
+        str(tmp_path / "registry"),
+        "--data-dir",
+        str(tmp_path / "data"),
+        "--listen",
+        "10.98.0.1",
+    ]
+    for more, serves in ((["--no-public"], False), ([], False), (["--public"], True)):
+        daemon = Process("benchfs_fuse.daemon", [*words, *more], tmp_path / "log", before=IN_PUBLIC)
+        try:
+            if serves:
+                daemon.wait_ready()
+            else:
+                with pytest.raises(AssertionError, match=r"8\.8\.4\.4 of outer, which can be reached from the public"):
+                    daemon.wait_ready()
+        finally:
+            daemon.stop()
 
 
 # ── all of them ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,7 +1,9 @@
 """Kill daemons and mounts of a real cluster with SIGKILL: what was acknowledged stays, once; what nobody holds goes."""
 
 import contextlib
+import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +17,10 @@ from fsck import complaints_on_disk
 from posix_help import opened, wait_until
 from strain import Strain
 
-from benchfs_fuse import control
+from benchfs_fuse import control, mountpoints
 from benchfs_fuse.layout import ShardMap
 from benchfs_fuse.limits import CHUNK_SIZE_MIN, MIB
+from benchfs_fuse.processes import is_defunct
 
 #: Chunks are small, so that small files have chunks on every daemon.
 CHUNK = CHUNK_SIZE_MIN
@@ -61,6 +64,14 @@ def held_bytes(cluster: Cluster) -> list[int]:
     ]
 
 
+def in_flight(mount: Mount) -> bool:
+    """Tell whether a mount waits for a daemon."""
+    record = control.read_record(mount.mountpoint)
+    assert record is not None
+    *_, report = control.ask(record, control.Question("status"), DEADLINE_S)
+    return any(daemon.in_flight for daemon in report.daemons)
+
+
 def restart(cluster: Cluster, victims: Sequence[int]) -> None:
     """Kill daemons, all at once, and start them again."""
     for number in victims:
@@ -81,7 +92,14 @@ def check_stores(cluster: Cluster) -> None:
 # ── daemons ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("victims", [[0], [1], [0, 1]], ids=["one", "other", "all"])
+@pytest.mark.parametrize(
+    "victims",
+    [
+        pytest.param([0], id="one", marks=pytest.mark.slow),
+        pytest.param([1], id="other", marks=pytest.mark.slow),
+        pytest.param([0, 1], id="all"),
+    ],
+)
 def test_operations_go_on_when_daemons_are_killed(cluster: Cluster, victims: list[int]) -> None:
     sys.stdout.write(f"BENCHFS_TEST_SEED={SEED}\n")
     one, two = cluster.mount(), cluster.mount()
@@ -116,6 +134,7 @@ def race(directory: Path, count: int) -> list[int]:
     return won
 
 
+@pytest.mark.slow
 def test_one_winner_when_daemons_are_killed(cluster: Cluster) -> None:
     """Two mounts race for the same new names: each name has one maker, also if his answer was lost at first."""
     count = 500
@@ -182,6 +201,7 @@ def test_files_without_a_name_outlive_their_daemons(cluster: Cluster) -> None:
     check_stores(cluster)
 
 
+@pytest.mark.slow
 def test_what_was_closed_while_its_daemon_was_away_is_freed(cluster: Cluster) -> None:
     """The last close of an unlinked file finds no daemon: it waits, and the space comes back."""
     mount = cluster.mount()
@@ -292,3 +312,50 @@ def test_the_other_mount_does_not_wait_for_a_killed_one(cluster: Cluster) -> Non
     doomed.free()
     wait_until(ends(doomed, other), DEADLINE_S)
     check_stores(cluster)
+
+
+def read_at(path: Path, offset: int) -> str:
+    """Say what became of a read."""
+    try:
+        with opened(path) as fd:
+            os.pread(fd, 10, offset)
+    except OSError as error:
+        return str(error)
+    return "there was something to read"
+
+
+def test_a_mount_that_is_killed_while_it_drops_pages_is_cleaned_up(cluster: Cluster) -> None:
+    """Its thread waits in the kernel for a page, which a read holds that nobody will answer: so it cannot end."""
+    doomed, other = cluster.mount("--attr-timeout", "0"), cluster.mount()
+    (other.mountpoint / "file").write_bytes(os.urandom(8 * CHUNK))
+    path = doomed.mountpoint / "file"
+    record = control.read_record(doomed.mountpoint)
+    assert record is not None
+    *_, report = control.ask(record, control.Question("layout", path.stat().st_ino), DEADLINE_S)
+    assert report.layout is not None
+    far = next(chunk for chunk in report.layout.chunks if chunk.daemon != report.layout.daemon)
+
+    def waits_for_a_page() -> bool:
+        tasks = Path(f"/proc/{doomed.pid}/task")
+        return any("folio" in (task / "wchan").read_text() for task in tasks.iterdir())
+
+    identities = [json.loads((cluster.data_dir(number) / "identity.json").read_text()) for number in range(DAEMONS)]
+    silent = cluster.daemons[[one["daemon_id"] for one in identities].index(far.daemon)]
+    silent.signal(signal.SIGSTOP)
+    with Elsewhere() as reader, Elsewhere() as looker:
+        try:
+            reading = reader.start(read_at, path, far.offset)
+            wait_until(lambda: in_flight(doomed), DEADLINE_S)
+            os.truncate(other.mountpoint / "file", 9 * CHUNK)
+            looker.start(Path.read_bytes, path)  # which sees that it has changed
+            wait_until(waits_for_a_page, DEADLINE_S)
+            doomed.popen.kill()
+            wait_until(lambda: is_defunct(record.process), DEADLINE_S)
+            place = mountpoints.look(doomed.mountpoint)
+            assert place.state is mountpoints.State.DEAD
+            mountpoints.clean_up(place.path)
+            assert reading.result(DEADLINE_S) != "there was something to read"
+            doomed.wait()
+        finally:
+            silent.signal(signal.SIGCONT)
+            doomed.free()

@@ -1,6 +1,7 @@
 """benchfsd as a process: it serves, stops, is killed, starts again, and refuses what is wrong with one sentence."""
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from netns import IN_PUBLIC
 
 from benchfs_fuse.registry import Registry, init_registry
 
@@ -20,8 +22,10 @@ PATIENCE_S = 30.0
 class Daemon:
     """Run one benchfsd."""
 
+    _numbers = itertools.count()
+
     def __init__(self, registry: Path, data: Path, *arguments: str, before: Sequence[str] = ()) -> None:
-        self.log = data.parent / f"{data.name}.log"
+        self.log = data.parent / f"{data.name}.{next(self._numbers)}.log"  # two may run at once, and both say something
         reader, writer = os.pipe()
         command = [
             sys.executable,
@@ -157,6 +161,33 @@ def test_what_belongs_elsewhere_is_refused(tmp_path: Path, registry: Path) -> No
 def test_an_address_that_is_not_ours_is_refused(tmp_path: Path, registry: Path) -> None:
     sentence = Daemon(registry, tmp_path / "data", "--listen", "192.0.2.1").sentence()
     assert "cannot listen at 192.0.2.1" in sentence and "--listen" in sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "UCX would listen at 8.8.4.4 of outer, which can be reached from the public internet: name other devices"),
+        (("--net-devices", "inner", "--listen", "8.8.4.4"), "8.8.4.4 can be reached from the public internet: choose"),
+        (("--net-devices", "inner", "--listen", "0.0.0.0"), "0.0.0.0 can be reached from the public internet: choose"),
+        (("--net-devices", "inner", "--listen", "10.98.0.1"), ""),
+        (("--listen", "8.8.4.4", "--public"), ""),
+    ],
+)
+def test_the_public_internet_is_not_listened_to_unless_somebody_says_so(
+    tmp_path: Path, registry: Path, arguments: Sequence[str], words: str
+) -> None:
+    daemon = Daemon(registry, tmp_path / "data", *arguments, before=IN_PUBLIC)
+    if words:
+        assert words in daemon.sentence() and "--public" in daemon.sentence()
+    else:
+        assert daemon.ready, daemon.said()
+        assert daemon.stop() == 0
+
+
+def test_a_network_that_ucx_does_not_have_is_refused(tmp_path: Path, registry: Path) -> None:
+    sentence = Daemon(registry, tmp_path / "data", "--tls", "nonsense").sentence()
+    assert "UCX cannot be used with ucx.tls 'nonsense'" in sentence
+    assert Registry(registry).missing().keys() == {0, 1}
 
 
 @pytest.mark.parametrize(("options", "words"), [("ro", "Read-only file system"), ("size=64k", "No space left")])

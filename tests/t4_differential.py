@@ -1,4 +1,4 @@
-"""The mount answers random sequences of system calls as tmpfs does."""
+"""The mount answers random sequences of system calls as tmpfs and ext4 do."""
 
 from pathlib import Path
 
@@ -11,21 +11,34 @@ pytest_plugins = ("mounts",)
 
 CALLS_PER_RUN = 60
 #: What docs/semantics.md says differs.
-OURS = tuple(ALLOWANCES[name] for name in ("atime", "truncate-times", "now", "set-id", "chown-nothing", "nodev"))
+OURS = ("atime", "truncate-times", "chown-nothing", "nodev", "unnamed", "ofd-pid")
+#: What ext4 does otherwise than tmpfs.
+EXT4 = ("allocated", "xattr-ctime", "seekdir")
 
 
-def compare(workdir: Path, reference: Path, seeds: range) -> None:
-    with Pair(workdir, reference, OURS) as pair:
+def compare(workdir: Path, reference: Path, seeds: range, *allowances: str) -> None:
+    with Pair(workdir, reference, tuple(ALLOWANCES[name] for name in (*OURS, *allowances))) as pair:
         for seed in seeds:
             check(pair, seed, CALLS_PER_RUN)
 
 
-@pytest.mark.parametrize("start", range(0, 60, 10))
+@pytest.mark.parametrize("start", [0, *(pytest.param(start, marks=pytest.mark.slow) for start in (10, 20, 30))])
 def test_agrees_with_tmpfs(workdir: Path, reference: Path, start: int) -> None:
-    compare(workdir, reference, range(start, start + 10))
+    compare(workdir, reference, range(start, start + 10), "map-times")
+
+
+@pytest.mark.parametrize("start", [5000, pytest.param(5010, marks=pytest.mark.slow)])
+def test_agrees_with_ext4(workdir: Path, ext4: Path, start: int) -> None:
+    compare(workdir, ext4, range(start, start + 10), *EXT4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", range(1000, 3000, 100))
 def test_agrees_with_tmpfs_for_long(workdir: Path, reference: Path, start: int) -> None:
-    compare(workdir, reference, range(start, start + 100))
+    compare(workdir, reference, range(start, start + 100), "map-times")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", range(6000, 7000, 100))
+def test_agrees_with_ext4_for_long(workdir: Path, ext4: Path, start: int) -> None:
+    compare(workdir, ext4, range(start, start + 100), *EXT4)

@@ -69,11 +69,3 @@ def test_chunks_lie_on_all_daemons(mount: Mount) -> None:
 def test_bad_chunk_sizes_are_refused(mount: Mount, value: bytes) -> None:
     with pytest.raises(OSError, match="Invalid argument"):
         os.setxattr(mount.mountpoint, "user.benchfs.chunk_size", value)
-
-
-def test_a_second_mount_says_that_locks_hold_within_one(cluster: Cluster, mount: Mount) -> None:
-    second = cluster.mount()
-    said = [line for line in second.log.read_text().splitlines() if "locks" in line]
-    assert len(said) == 1
-    assert str(mount.mountpoint) in said[0]
-    assert "within one mount only" in said[0]

@@ -61,7 +61,7 @@ def test_a_listing_shows_each_entry_with_its_number_and_type(mountpoint: Path) -
             assert entry.ino == found.st_ino
 
 
-@pytest.mark.parametrize("count", [0, 1, 30, 31, 32, 33, 3000])
+@pytest.mark.parametrize("count", [0, 1, 30, 31, 32, 33, 1100])
 def test_a_listing_is_complete(mountpoint: Path, count: int) -> None:
     names = fill(mountpoint / "directory", count)
     with opened(mountpoint / "directory", READ_DIRECTORY) as fd:

@@ -139,6 +139,25 @@ def test_a_removed_fifo_passes_bytes_still(mountpoint: Path) -> None:
         assert os.read(fd, 100) == b"through"
 
 
+@pytest.mark.parametrize("kind", ["fifo", "directory"])
+def test_times_are_set_on_what_was_removed(mountpoint: Path, kind: str) -> None:
+    path = mountpoint / kind
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with opened(path, os.O_RDONLY | os.O_NONBLOCK) as fd:
+        os.utime(fd, ns=(5, 6))
+        path.unlink() if kind == "fifo" else path.rmdir()
+        before = os.fstat(fd)
+        os.utime(fd, ns=(7, 8))
+        after = os.fstat(fd)
+        assert (after.st_atime_ns, after.st_mtime_ns) == (7, 8)
+        assert after.st_ctime_ns > before.st_ctime_ns
+        os.fchmod(fd, 0o711)
+        assert os.fstat(fd).st_ctime_ns > after.st_ctime_ns
+
+
 def test_many_open_unlinked_files(mountpoint: Path) -> None:
     fds = []
     for index in range(200):

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from posix_help import ALICE, BOB, as_user, is_fuse, opened, refused
+from posix_help import ALICE, BOB, as_user, opened, refused
 
 pytest_plugins = ("mounts",)
 
@@ -212,16 +212,3 @@ def test_a_malformed_acl_is_refused(mountpoint: Path) -> None:
         with refused(errno.EOPNOTSUPP if value == b"\x09\0\0\0" else errno.EINVAL):
             os.setxattr(path, "system.posix_acl_access", value)
     assert mode(path) == 0o644
-
-
-def test_a_default_acl_is_refused_or_handed_down(mountpoint: Path) -> None:
-    directory = mountpoint / "directory"
-    directory.mkdir()
-    if is_fuse(mountpoint):
-        with pytest.raises(subprocess.CalledProcessError) as caught:
-            setfacl("-d", "-m", f"u:{ALICE}:rw", directory)
-        assert b"not supported" in caught.value.stderr
-    else:
-        setfacl("-d", "-m", f"u:{ALICE}:rw", directory)
-        (directory / "file").touch()
-        assert f"user:{ALICE}:rw-" in getfacl(directory / "file")

@@ -304,7 +304,14 @@ def test_df_adds_up_different_file_systems(small: Cluster) -> None:
     assert found.f_blocks * found.f_frsize == DAEMONS * DISK
 
 
-@pytest.mark.parametrize("flags", [0, os.O_DIRECT, os.O_SYNC], ids=["gathered", "direct", "synchronous"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(0, id="gathered"),
+        pytest.param(os.O_DIRECT, id="direct", marks=pytest.mark.slow),
+        pytest.param(os.O_SYNC, id="synchronous", marks=pytest.mark.slow),
+    ],
+)
 def test_a_full_disk(small: Cluster, flags: int) -> None:
     mount = small.mount()
     top = mount.mountpoint

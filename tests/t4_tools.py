@@ -25,7 +25,14 @@ def test_dd(workdir: Path, tmp_path: Path) -> None:
     tools.use_dd(workdir, tmp_path)
 
 
-@pytest.mark.parametrize(("engine", "direct", "depth"), tools.FIO_JOBS)
+#: Buffered, past the cache and mapped; all jobs with --all.
+QUICK_JOBS = {("psync", 0, 1), ("io_uring", 1, 8), ("mmap", 0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("engine", "direct", "depth"),
+    [pytest.param(*job, marks=() if job in QUICK_JOBS else pytest.mark.slow) for job in tools.FIO_JOBS],
+)
 def test_fio(workdir: Path, engine: str, direct: int, depth: int) -> None:
     tools.use_fio(workdir, engine, direct, depth)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import trio
 
 from benchfs_fuse.chunks.faulty import FaultyChunkStore
-from benchfs_fuse.chunks.memory import MemoryChunkStore
+from benchfs_fuse.chunks.memory import MemoryChunkStore, MemoryInspector
 from benchfs_fuse.client import FileSystem
 from benchfs_fuse.limits import CHUNK_SIZE_MIN
 from benchfs_fuse.model import ClientId
@@ -19,6 +19,7 @@ from benchfs_fuse.rpc.messages import OpenCount, Request
 from benchfs_fuse.rpc.server import AsyncHandler, SyncHandler
 from benchfs_fuse.services.calls import Peers
 from benchfs_fuse.services.chunkserver import ChunkServer
+from benchfs_fuse.services.file_locks import FileLocks, open_locks
 from benchfs_fuse.services.files import Files, open_files
 from benchfs_fuse.services.identity import open_store
 from benchfs_fuse.services.metadata import MetadataService
@@ -55,6 +56,7 @@ class Client(NamedTuple):
     namespace: Namespace
     files: Files
     fs: FileSystem
+    locks: FileLocks
 
 
 class Whole:
@@ -64,6 +66,7 @@ class Whole:
         self.network = network
         self.stores = [MemoryChunkStore(filesystem=f"memory{number}") for number in range(daemons)]
         self.chunks = [FaultyChunkStore(store, seed=seed + number) for number, store in enumerate(self.stores)]
+        self.inspectors = [MemoryInspector(store) for store in self.stores]
         self.cluster = MemoryCluster(network, nursery, self._serve, daemons=daemons, seed=seed)
 
     def _serve(self, daemon: MemoryDaemon, store: KeyValueStore, sessions: SessionTable, peers: Peers) -> WholeService:
@@ -86,8 +89,11 @@ class Whole:
             metadata.grace_ended()
 
         daemon.nursery.start_soon(review_after_grace)
-        chunks = ChunkServer(self.chunks[daemon.daemon_id])
-        daemon.server.register({}, {}, chunks.bulk())
+        chunks = ChunkServer(self.chunks[daemon.daemon_id], daemon.daemon_id, peers)
+        daemon.server.register({}, {}, chunks.bulk(), metadata.wait_told)
+        inspector = self.inspectors[daemon.daemon_id]
+        daemon.server.register(metadata.inspection(self.chunks[daemon.daemon_id], inspector).handlers())
+        daemon.server.register(metadata.recounting(inspector).handlers())
         return WholeService(metadata, chunks)
 
     def service(self, daemon: MemoryDaemon) -> WholeService:
@@ -105,9 +111,13 @@ class Whole:
             nursery.start_soon(links.run)
             await links.wait_connected()
             namespace = Namespace(links)
-            async with open_files(namespace, gather_bytes_max=gather_bytes_max, gather_time_s=gather_time_s) as files:
+            async with (
+                open_locks(links) as locks,
+                open_files(namespace, gather_bytes_max=gather_bytes_max, gather_time_s=gather_time_s) as files,
+            ):
                 links.opens, links.on_lost = files.opens, files.lose
-                yield Client(node, links, namespace, files, FileSystem(namespace, files, 1000, 1000))
+                links.on_power_lost = files.power_lost
+                yield Client(node, links, namespace, files, FileSystem(namespace, files, locks, 1000, 1000), locks)
             nursery.cancel_scope.cancel()
 
 

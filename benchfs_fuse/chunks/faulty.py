@@ -14,7 +14,7 @@ import trio
 
 from ..errors import NoSpace, StorageError
 from ..model import ChunkId, DiskUsage
-from ..ports import Buffer, ChunkStore, Trimmed
+from ..ports import Buffer, ChunkStore, Mapped, Trimmed
 
 #: Most checkpoints that a delayed operation passes: enough for other tasks to get in between several times.
 DELAY_CHECKPOINTS_MAX = 10
@@ -24,11 +24,11 @@ DELAY_CHECKPOINTS_MAX = 10
 class Rates:
     """Say how often each fault strikes, from 0 (never) to 1 (always)."""
 
-    #: A write raises NoSpace and has written nothing.
+    #: A write or an allocation raises NoSpace and has done nothing.
     no_space: float = 0.0
     #: Any operation raises StorageError and has done nothing.
     failure: float = 0.0
-    #: A write raises StorageError after a part of the data was written.
+    #: A write, an allocation or a punch raises StorageError after a part of it was done.
     partial: float = 0.0
     #: Any operation first lets other tasks run, up to ``DELAY_CHECKPOINTS_MAX`` times.
     delay: float = 0.0
@@ -84,15 +84,46 @@ class FaultyChunkStore:
             raise StorageError("injected failure in the middle of a write")
         return await self.inner.write(chunk, offset, data)
 
-    async def trim(self, ino: int, index: int, offset: int) -> Trimmed:
+    def read_now(self, chunk: ChunkId, offset: int, into: memoryview) -> int | None:
+        """Do nothing: faults take their time."""
+        return None
+
+    def write_now(self, chunk: ChunkId, offset: int, data: Buffer) -> int | None:
+        """Do nothing: faults take their time."""
+        return None
+
+    async def allocate(self, chunk: ChunkId, offset: int, length: int, *, zero: bool = False) -> int:
+        """Reserve space for ``length`` > 0 bytes; return by how many bytes the chunk's allocated space grew."""
+        await self._before("allocate")
+        if self._strikes("no_space"):
+            raise NoSpace("injected")
+        if self._strikes("partial"):
+            await self.inner.allocate(chunk, offset, self._random.randint(1, length), zero=zero)
+            raise StorageError("injected failure in the middle of an allocation")
+        return await self.inner.allocate(chunk, offset, length, zero=zero)
+
+    async def punch(self, chunk: ChunkId, offset: int, length: int, *, zeros_only: bool = False) -> int:
+        """Make a range zeros and free the blocks that lie in it as a whole; return the bytes freed."""
+        await self._before("punch")
+        if self._strikes("partial"):
+            await self.inner.punch(chunk, offset, self._random.randint(1, length), zeros_only=zeros_only)
+            raise StorageError("injected failure in the middle of a punch")
+        return await self.inner.punch(chunk, offset, length, zeros_only=zeros_only)
+
+    async def map(self, ino: int, index: int, offset: int, stop: int, count_max: int) -> Mapped:
+        """Return the data ranges of a file that end behind byte ``offset`` of chunk ``index``, up to chunk ``stop``."""
+        await self._before("map")
+        return await self.inner.map(ino, index, offset, stop, count_max)
+
+    async def trim(self, ino: int, index: int, offset: int, *, durable: bool = False) -> Trimmed:
         """Drop of file ``ino`` everything at and behind byte ``offset`` of chunk ``index``."""
         await self._before("trim")
-        return await self.inner.trim(ino, index, offset)
+        return await self.inner.trim(ino, index, offset, durable=durable)
 
-    async def drop(self, inos: Sequence[int]) -> int:
+    async def drop(self, inos: Sequence[int], *, durable: bool = False) -> int:
         """Drop all chunks of these files; return the bytes freed."""
         await self._before("drop")
-        return await self.inner.drop(inos)
+        return await self.inner.drop(inos, durable=durable)
 
     async def sync(self, ino: int) -> None:
         """Bring everything written to ``ino`` so far to stable storage."""

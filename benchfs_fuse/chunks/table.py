@@ -24,19 +24,21 @@ Its key is a sequence number, so that garbage is removed in the order in which i
 """
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from ..disk import CHUNK, GARBAGE, key, key2, number, numbers
+from ..disk import CHUNK, GARBAGE, after, key, key2, number, numbers
 from ..errors import StorageError
 from ..limits import CHUNK_SIZE_MAX, KIB
-from ..model import ChunkId
-from ..ports import KeyValueStore
+from ..model import ChunkId, DataRange
+from ..ports import KeyValueStore, Mapped
 
 #: Smallest unit of allocation: the block of common file systems and the page of the kernel.
 GRANULE_MIN = 4 * KIB
 #: Most granules in one record: a chunk of the default size in 4 KiB blocks.
 GRANULES_MAX = 1024
+#: Most records that one page of a map looks at: some 2 ms.
+MAP_CHUNKS_MAX = 512
 
 _VERSION = 1
 _HEAD = struct.Struct(">BBQIH")
@@ -78,10 +80,53 @@ class Record(NamedTuple):
             return self
         return Record(birth, max(end, old_length), shift, bitmap)
 
+    def without(self, offset: int, length: int) -> "Record":
+        """Return the record after the granules that lie wholly in a range were freed."""
+        first, stop = -(-offset // self.granule), (offset + length) // self.granule
+        return self._replace(bitmap=self.bitmap & ~(((1 << max(0, stop - first)) - 1) << first))
+
+    def ranges(self, offset: int = 0) -> Iterator[tuple[int, int]]:
+        """Yield start and end of each run of allocated granules that ends behind ``offset``, in order."""
+        granule = self.granule
+        at = offset // granule
+        rest = self.bitmap >> at
+        if rest & 1:  # the run may have begun before
+            before = ~self.bitmap & ((1 << at) - 1)
+            at = before.bit_length()
+            rest = self.bitmap >> at
+        while rest:
+            hole = (rest & -rest).bit_length() - 1
+            rest >>= hole
+            at += hole
+            run = (~rest & (rest + 1)).bit_length() - 1
+            yield at * granule, (at + run) * granule
+            rest >>= run
+            at += run
+
+    def holds_any(self, offset: int, end: int) -> bool:
+        """Tell whether anything in a range has a granule."""
+        return offset < end and next(self.holes(offset, end), None) != (offset, end)
+
+    def holes(self, offset: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield start and end of each piece of a range that has no granule."""
+        for start, stop in self.ranges(offset):
+            if start >= end:
+                break
+            if start > offset:
+                yield offset, start
+            offset = stop
+        if offset < end:
+            yield offset, end
+
     def cut(self, offset: int) -> "Record":
         """Return the record after everything at and behind ``offset`` was dropped."""
         kept = -(-offset // self.granule)
         return self._replace(length=min(self.length, offset), bitmap=self.bitmap & ((1 << kept) - 1))
+
+
+def mapped(index: int, record: Record, offset: int) -> Iterator[DataRange]:
+    """Yield the data ranges of one chunk that end behind ``offset``."""
+    return (DataRange(index, start, end - start) for start, end in record.ranges(offset))
 
 
 def _halved(bitmap: int) -> int:
@@ -131,11 +176,17 @@ class ChunkTable:
 
     def __init__(self, store: KeyValueStore) -> None:
         self._store = store
-        self._first_garbage = 0
+        #: Nothing below is on the list of garbage any more: who has removed it says so, for scans to begin here.
+        self.first_garbage = 0
         found = [number(name) for name, _ in store.scan(key(GARBAGE, 0), key(GARBAGE, _SEQUENCE_END))]
         #: How many chunk files an earlier run left to be removed.
         self.leftovers = len(found)
-        self._next_garbage = found[-1] + 1 if found else 0
+        self.next_garbage = found[-1] + 1 if found else 0
+
+    @property
+    def empty(self) -> bool:
+        """Tell whether there are no chunks at all."""
+        return next(iter(self._store.scan(CHUNK, after(CHUNK))), None) is None
 
     def get(self, chunk: ChunkId) -> Record | None:
         """Return a chunk's record, None if there is no such chunk."""
@@ -151,25 +202,42 @@ class ChunkTable:
         rows = self._store.scan(key2(CHUNK, ino, index), key(CHUNK, ino + 1))
         return [(numbers(name)[1], decode(value)) for (name, value), _ in zip(rows, range(count_max), strict=False)]
 
+    def rows(self, chunk: ChunkId, count_max: int) -> list[tuple[ChunkId, bytes]]:
+        """Return the first ``count_max`` records of all files from a chunk on, in order, as they are stored."""
+        found = self._store.scan(key2(CHUNK, *chunk), after(CHUNK))
+        return [(ChunkId(*numbers(name)), value) for (name, value), _ in zip(found, range(count_max), strict=False)]
+
+    def map(self, ino: int, index: int, offset: int, stop: int, count_max: int) -> Mapped:
+        """Return the data ranges of a file as ChunkStore.map does, of at most ``MAP_CHUNKS_MAX`` chunks."""
+        found: list[DataRange] = []
+        page = self.page(ino, index, MAP_CHUNKS_MAX)
+        for at, record in page:
+            if at >= stop:
+                return Mapped(tuple(found), None)
+            if len(found) >= count_max:
+                return Mapped(tuple(found), at)
+            found += mapped(at, record, offset if at == index else 0)
+        return Mapped(tuple(found), page[-1][0] + 1 if len(page) == MAP_CHUNKS_MAX else None)
+
     def bury(self, ino: int, chunks: Iterable[tuple[int, Record]]) -> None:
         """Turn chunks of a file into garbage, in one transaction."""
         puts, deletes = [], []
         for index, record in chunks:
-            puts.append((key(GARBAGE, self._next_garbage), _GARBAGE.pack(ino, index, record.birth)))
+            puts.append((key(GARBAGE, self.next_garbage), _GARBAGE.pack(ino, index, record.birth)))
             deletes.append(key2(CHUNK, ino, index))
-            self._next_garbage += 1
+            self.next_garbage += 1
         self._store.write(puts, deletes)
 
-    def garbage(self, count_max: int) -> list[Garbage]:
-        """Return the oldest ``count_max`` pieces of garbage."""
-        rows = self._store.scan(key(GARBAGE, self._first_garbage), key(GARBAGE, self._next_garbage))
+    def garbage(self, count_max: int, sequence: int = 0) -> list[Garbage]:
+        """Return the oldest ``count_max`` pieces of garbage from a sequence number on."""
+        start = max(sequence, self.first_garbage)
+        rows = self._store.scan(key(GARBAGE, start), key(GARBAGE, self.next_garbage))
         found = []
         for (name, value), _ in zip(rows, range(count_max), strict=False):
             ino, index, birth = _GARBAGE.unpack(value)
             found.append(Garbage(number(name), ChunkId(ino, index), birth))
         return found
 
-    def forget(self, garbage: list[Garbage]) -> None:
-        """Take pieces of garbage off the list: their files are gone. They are the oldest there are."""
+    def forget(self, garbage: Iterable[Garbage]) -> None:
+        """Take pieces of garbage off the list: their files are gone."""
         self._store.write([], [key(GARBAGE, piece.sequence) for piece in garbage])
-        self._first_garbage = garbage[-1].sequence + 1

@@ -42,6 +42,7 @@ import liburing
 import trio
 
 from ..limits import KIB
+from ..observe import recording, spans
 from ..ports import Buffer
 
 #: Operations that may be at the kernel at once. Enough for a fast NVMe drive; each is some 200 bytes of locked memory.
@@ -180,6 +181,10 @@ class Ring:
         flags = liburing.IORING_FSYNC_DATASYNC if data_only else 0
         await self._run(lambda sqe: liburing.io_uring_prep_fsync(sqe, fd, flags), None)
 
+    async def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        """Do what fallocate(2) does; the kernel always hands it to a worker, as it may wait for the disk."""
+        await self._run(lambda sqe: liburing.io_uring_prep_fallocate(sqe, fd, mode, offset, length), None)
+
     async def aclose(self) -> None:
         """Release the ring. Nothing may be under way."""
         assert not self._operations
@@ -198,13 +203,17 @@ class Ring:
             while len(self._operations) >= self._depth:
                 self._queued += 1
                 await self._places.park()
+            started_ns = recording.now()
             operation = self._submit(prepare, keep)
             self._reap()
+            recording.note(spans.SUBMIT, started_ns)
             if operation.done:
                 self._at_once += 1
             else:
                 self._waited += 1
+                started_ns = recording.now()
                 await self._wait(operation)
+                recording.note(spans.COMPLETE, started_ns)
             if operation.result >= 0:
                 return operation.result
             if -operation.result not in (errno.EINTR, errno.EAGAIN):
@@ -278,6 +287,45 @@ class Ring:
                     trio.lowlevel.reschedule(other.task)
                     other.task = None
                     break
+
+
+class BareRing:
+    """Do one operation after the other, blocking in the kernel: what io_uring costs with nothing around it.
+
+    For measuring. ``buffer`` is what all operations write from or read into; it is the ring's until ``close``.
+    """
+
+    def __init__(self, buffer: memoryview) -> None:
+        """Set up a ring; raise OSError where io_uring is not allowed."""
+        self._ring = liburing.Ring()
+        liburing.io_uring_queue_init(1, self._ring)
+        self._cqe = liburing.Cqe()
+        self._buffer = buffer
+        self._vector = liburing.Iovec([buffer])
+
+    def write(self, fd: int, offset: int) -> int:
+        """Write the buffer at ``offset``; return how many bytes went."""
+        return self._run(liburing.io_uring_prep_writev, fd, offset)
+
+    def read(self, fd: int, offset: int) -> int:
+        """Fill the buffer from ``offset`` on; return how many bytes came."""
+        return self._run(liburing.io_uring_prep_readv, fd, offset)
+
+    def close(self) -> None:
+        """Release the ring."""
+        liburing.io_uring_queue_exit(self._ring)
+        if _IOVEC_LEAKS:
+            _release_export(self._buffer)
+
+    def _run(self, prepare: Callable[..., None], fd: int, offset: int) -> int:
+        prepare(liburing.io_uring_get_sqe(self._ring), fd, self._vector, offset)
+        liburing.io_uring_submit_and_wait(self._ring, 1)
+        liburing.io_uring_peek_cqe(self._ring, self._cqe)
+        try:
+            done: int = self._cqe[0].res  # the binding raises a negative result as OSError
+        finally:
+            liburing.io_uring_cqe_seen(self._ring, self._cqe[0])
+        return done
 
 
 class ProbeResult(NamedTuple):

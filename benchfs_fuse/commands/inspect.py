@@ -4,16 +4,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from rich.console import Console
 from rich.filesize import decimal
 
 from .. import control, kernel_mounts, mountpoints
 from ..errors import UserError
+from .tables import columns, make_console
 
 #: Seconds for an answer: the mount process itself gives its daemons two.
 STATUS_TIMEOUT_S = 5.0
@@ -33,12 +32,13 @@ def status(mountpoint: Path, as_json: bool) -> int:
 
 
 def _show(record: control.MountRecord, report: control.Report) -> None:
-    console = _console()
+    console = make_console()
     console.print(
         f"{record.mountpoint}  cluster {record.cluster_id}, benchfs {report.version}, since {_time(record.since_s)}\n"
         f"  process {record.process.pid}, registry {record.registry}\n"
         f"  {report.handles} handles on {report.files} files, {report.dirty_files} of them with "
-        f"{decimal(report.accepted_bytes)} accepted and not yet flushed"
+        f"{decimal(report.accepted_bytes)} accepted and not yet flushed\n"
+        f"  {report.locks_held} locks held, {report.locks_waiting} waited for"
     )
     if report.expelled:
         console.print(
@@ -46,7 +46,7 @@ def _show(record: control.MountRecord, report: control.Report) -> None:
         )
     for complaint in report.not_tuned:
         console.print(f"  not tuned: {complaint}", style="yellow")
-    rows = [("daemon", "address", "via", "version", "free", "of", "sessions", "in flight", "state")]
+    rows = [("daemon", "address", "via", "version", "free", "of", "sessions", "locks", "in flight", "state")]
     for daemon in report.daemons:
         said: dict[str, Any] = daemon.status or {}
         usage = said.get("usage", [])
@@ -58,31 +58,19 @@ def _show(record: control.MountRecord, report: control.Report) -> None:
                 said.get("version", "–"),
                 decimal(sum(one["available"] for one in usage)) if usage else "–",
                 decimal(sum(one["total"] for one in usage)) if usage else "–",
-                str(len(said["sessions"])) if said else "–",
+                str(len(said["sessions"]) + said["more_sessions"]) if said else "–",
+                str(said["locks"]) if said else "–",
                 str(daemon.in_flight),
                 _state(daemon),
             )
         )
     styles = [None, *(None if _is_well(daemon) else "red" for daemon in report.daemons)]
-    for line, style in zip(_columns(rows), styles, strict=True):
+    for line, style in zip(columns(rows), styles, strict=True):
         console.print(line, style=style)
-
-
-def _console() -> Console:
-    """Return a console that cuts nothing, and takes nothing in a name for markup."""
-    return Console(soft_wrap=True, highlight=False, markup=False)
 
 
 def _time(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lay rows out in columns as wide as their widest cell, whatever the terminal's width is."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
 
 
 def _write_json(content: dict[str, Any]) -> None:
@@ -117,7 +105,7 @@ def layout(file: Path, as_json: bool) -> int:
     if as_json:
         _write_json({"file": str(file), **msgspec.to_builtins(found)})
         return 0
-    console = _console()
+    console = make_console()
     console.print(
         f"{file}  inode {ino:#x} on daemon {found.daemon}, {found.size} bytes, {found.allocated} allocated, "
         f"{found.count} chunks of {found.chunk_size} bytes in rows of {found.width}"
@@ -126,7 +114,7 @@ def layout(file: Path, as_json: bool) -> int:
         ("chunk", "at", "length", "daemon"),
         *((str(chunk.index), str(chunk.offset), str(chunk.length), str(chunk.daemon)) for chunk in found.chunks),
     ]
-    for line in _columns(rows) if found.chunks else ():
+    for line in columns(rows) if found.chunks else ():
         console.print(line)
     if found.count > len(found.chunks):
         console.print(f"  {found.count - len(found.chunks)} more chunks are not listed")

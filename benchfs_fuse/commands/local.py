@@ -81,8 +81,11 @@ def _link(mountpoint: Path) -> Path:
     return file_for(mountpoint, ".up")
 
 
-def _linked(mountpoint: Path) -> Path | None:
-    """Return the data directory of the local cluster that is up at a mount point, or was when its end came."""
+def data_dir_of(mountpoint: Path) -> Path | None:
+    """Return the data directory of the local cluster that is up at a mount point, or was when its end came.
+
+    ``mountpoint`` is a plain path.
+    """
     try:
         return _link(mountpoint).readlink()
     except FileNotFoundError:
@@ -124,14 +127,14 @@ def up(wanted: Wanted) -> Path:
     UserError when it cannot be: then nothing that this call has started is left, but the data.
     """
     place = mountpoints.look(wanted.mountpoint)
-    linked = _linked(place.path)
+    linked = data_dir_of(place.path)
     data_dir = (wanted.data_dir or linked or default_data_dir(place.path)).resolve()
     _refuse_strangers(place, data_dir, linked)
     try:
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _alone(data_dir):
             place = mountpoints.look(place.path)  # somebody else may just have been at it
-            _refuse_strangers(place, data_dir, _linked(place.path))
+            _refuse_strangers(place, data_dir, data_dir_of(place.path))
             _bring_up(place, data_dir, wanted)
     except OSError as error:
         raise UserError(f"cannot use {error.filename or data_dir}: {error.strerror}") from None
@@ -192,7 +195,7 @@ def _bring_up(place: Place, data_dir: Path, wanted: Wanted) -> None:
     registry = data_dir / "registry"
     before = _read(data_dir)
     running: list[ProcessId | None] = list(before.daemons) if before is not None else [None] * len(folders)
-    link, was_linked = _link(place.path), _linked(place.path)
+    link, was_linked = _link(place.path), data_dir_of(place.path)
     if was_linked != data_dir:
         link.unlink(missing_ok=True)
         link.symlink_to(data_dir)
@@ -233,7 +236,7 @@ def down(mountpoint: Path, force: bool) -> None:
 
     UserError: no local cluster is up there; it is in use, then it stays up; with ``force``, what was lost.
     """
-    data_dir = _linked(mountpoint)
+    data_dir = data_dir_of(mountpoint)
     if data_dir is None:
         raise UserError(f"no local cluster is up at {mountpoint} (benchfs up {mountpoint} starts one)")
     if not data_dir.is_dir():

@@ -24,6 +24,12 @@ _WORDS = {
     "noatime": "--noatime",
     "xattr": "--xattr",
     "noxattr": "--no-xattr",
+    "locks": "--locks",
+    "nolocks": "--no-locks",
+    "companion": "--companion",
+    "nocompanion": "--no-companion",
+    "public": "--public",
+    "nopublic": "--no-public",
     "allow_other": "--allow-other",
 }
 _OPTION = re.compile(r'(?:[^,"]|"[^"]*"?)+')

@@ -25,6 +25,7 @@ import trio
 
 from ..errors import BY_DISK_ERRNO, FsError, StorageError, UserError
 from ..limits import MIB
+from ..observe import recording, spans
 
 #: One memtable. Small enough that replaying the log at start takes a moment, large enough that flushes are rare.
 MEMTABLE_SIZE = 8 * MIB
@@ -133,11 +134,13 @@ class RocksStore:
             batch.put(key, value)
         for key in deletes:
             batch.delete(key)
+        started_ns = recording.now()
         try:
             self._db.write(batch)
         except Exception as error:
             raise _translate(error, self._where) from error
         self._written += 1
+        recording.note(spans.STORE, started_ns)
 
     async def sync(self) -> None:
         """Bring everything written so far to stable storage.

@@ -1,7 +1,7 @@
 """Let two strangers prove to each other that they hold the cluster's secret, then tell each other who they are.
 
 Sans-IO: bytes in, bytes out, no clock, no socket. ``Handshake`` is one side of the conversation. Six messages, each a
-fixed header and a payload of at most ``MESSAGE_MAX`` bytes:
+fixed header and a payload of at most ``HANDSHAKE_MESSAGE_MAX`` bytes:
 
 ====  ==========  ========================================================================================
 from  message     payload
@@ -28,15 +28,15 @@ import hashlib
 import hmac
 import secrets
 import struct
+from typing import Annotated
 
 import msgspec
 
 from ..errors import AuthenticationFailed, ProtocolError
+from ..limits import DAEMONS_MAX, HANDSHAKE_MESSAGE_MAX
 
 #: Version of everything that peers say to each other: handshake, frames and messages.
 PROTOCOL_VERSION = 1
-#: A UCX worker address takes 80 to 200 bytes per device; this has room for a node with many of them.
-MESSAGE_MAX = 8192
 #: Characters of a refusal that people get to see: a stranger wrote it.
 REFUSAL_SHOWN_MAX = 300
 
@@ -63,6 +63,10 @@ class _Kind(enum.IntEnum):
     REFUSAL = 5
 
 
+#: Names of hosts and boots, which also get into logs: printable ASCII, at most HOST_NAME_MAX of POSIX.
+Word = Annotated[str, msgspec.Meta(max_length=255, pattern=r"\A[ -~]*\Z")]
+
+
 class Card(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """Say who one side is, and what decides about the way the bytes will take.
 
@@ -70,12 +74,12 @@ class Card(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=T
     empty: this side wants none. ``address`` is the UCX worker's, empty in the client's card.
     """
 
-    client_id: int
-    daemon_id: int
-    host: str
-    pid: int
-    boot_id: str
-    shares: str
+    client_id: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+    daemon_id: Annotated[int, msgspec.Meta(ge=-1, lt=DAEMONS_MAX)]
+    host: Word
+    pid: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+    boot_id: Word
+    shares: Annotated[str, msgspec.Meta(max_length=1024)]
     address: bytes
 
 
@@ -125,7 +129,7 @@ class Handshake:
         try:
             while len(self._input) >= _HEADER.size:
                 magic, kind, length = _HEADER.unpack_from(self._input)
-                if magic != _MAGIC or length > MESSAGE_MAX:
+                if magic != _MAGIC or length > HANDSHAKE_MESSAGE_MAX:
                     raise ProtocolError("the other side does not speak the benchfs protocol")
                 if len(self._input) < _HEADER.size + length:
                     break
@@ -138,7 +142,7 @@ class Handshake:
 
     def refuse(self, sentence: str) -> None:
         """Tell the other side why this will not become a connection."""
-        self._put(_Kind.REFUSAL, sentence.encode()[:MESSAGE_MAX])
+        self._put(_Kind.REFUSAL, sentence.encode()[:HANDSHAKE_MESSAGE_MAX])
 
     def give_card(self, card: Card) -> None:
         """Answer the client's card, as server; ``card`` has the address of the worker made for this connection."""
@@ -165,7 +169,7 @@ class Handshake:
         self._transcript.update(message)
 
     def _put(self, kind: _Kind, payload: bytes) -> bytes:
-        assert len(payload) <= MESSAGE_MAX, f"handshake message of {len(payload)} bytes"
+        assert len(payload) <= HANDSHAKE_MESSAGE_MAX, f"handshake message of {len(payload)} bytes"
         message = _HEADER.pack(_MAGIC, kind, len(payload)) + payload
         self._output += message
         return message
@@ -223,7 +227,7 @@ class Handshake:
     def _take_card(self, payload: bytes) -> None:
         try:
             self.peer = msgspec.msgpack.decode(payload, type=Card)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError("the other side sent a damaged card") from error
         if self._role is Role.SERVER:
             self._expected = _Kind.ADDRESS

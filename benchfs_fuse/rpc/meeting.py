@@ -19,16 +19,18 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from ..errors import AuthenticationFailed, Disconnected, ProtocolError
-from ..limits import HANDSHAKE_TIMEOUT_S
+from ..limits import HANDSHAKE_TIMEOUT_S, PENDING_MAX
 from ..ports import Ending
 from .handshake import Handshake
 
 log = logging.getLogger(__name__)
 
-#: Handshakes under way at one listener: more than peers that start at the same moment, few enough file descriptors.
-PENDING_MAX = 128
 #: Seconds to wait for free file descriptors before the next accept: nothing tells when one becomes free.
 ACCEPT_RETRY_S = 0.1
+
+#: Lines in the log about callers who got nowhere, in so many seconds; of more than that only the number is told.
+TOLD_MAX = 20
+TOLD_S = 60.0
 
 _READ_SIZE = 4096
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -100,15 +102,16 @@ async def receive_callers(
     ``meet`` owns the stream and raises Disconnected, AuthenticationFailed or ProtocolError.
     """
     pending: dict[trio.CancelScope, None] = {}
+    tell = _Telling().tell
 
     async def one(stream: trio.SocketStream, scope: trio.CancelScope) -> None:
         try:
             with scope:
                 await meet(stream)
         except Disconnected as error:
-            log.info("a caller went away: %s", str(error))
+            tell(logging.INFO, f"a caller went away: {error}")
         except (AuthenticationFailed, ProtocolError) as error:
-            log.warning("a caller was turned away: %s", str(error))
+            tell(logging.WARNING, f"a caller was turned away: {error}")
         finally:
             pending.pop(scope, None)
 
@@ -119,7 +122,7 @@ async def receive_callers(
             except OSError as error:
                 if error.errno not in _OUT_OF_DESCRIPTORS:
                     raise
-                log.error("cannot accept connections: %s", error)
+                tell(logging.ERROR, f"cannot accept connections: {error}")
                 await trio.sleep(ACCEPT_RETRY_S)
                 continue
             if len(pending) >= pending_max:
@@ -129,6 +132,27 @@ async def receive_callers(
             scope = trio.CancelScope(deadline=trio.current_time() + HANDSHAKE_TIMEOUT_S)
             pending[scope] = None
             nursery.start_soon(one, stream, scope)
+
+
+class _Telling:
+    """Write lines into the log, not more than a few in a while: strangers could fill a disk with them."""
+
+    def __init__(self) -> None:
+        self._since_s = -math.inf
+        self._told = self._kept_back = 0
+
+    def tell(self, level: int, sentence: str) -> None:
+        """Write one line, or count it."""
+        now_s = trio.current_time()
+        if now_s >= self._since_s + TOLD_S:
+            if self._kept_back:
+                log.warning("%d lines more like those above were kept back", self._kept_back)
+            self._since_s, self._told, self._kept_back = now_s, 0, 0
+        if self._told == TOLD_MAX:
+            self._kept_back += 1
+            return
+        self._told += 1
+        log.log(level, "%s", sentence)
 
 
 async def receive(stream: trio.SocketStream, handshake: Handshake, answer: Answer, lease_s: float) -> None:

@@ -14,7 +14,7 @@ requests overtake each other. Nothing sleeps. What a real network does to a conn
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Self
 
@@ -59,12 +59,12 @@ class MemoryChannel:
         self._handler = handler
         self._handle_now = handle_now_of(handler)
         self._other: MemoryChannel = self
-        self._calls: set[_Call] = set()
+        self._calls: dict[_Call, None] = {}
         self._slots = trio.Semaphore(IN_FLIGHT_MAX)
         self._request_id = 0
         self._ended = trio.Event()
         self._ending = Ending.LOCAL
-        self._serving: set[trio.CancelScope] = set()
+        self._serving: dict[trio.CancelScope, None] = {}
         self._served = trio.lowlevel.ParkingLot()
 
     @property
@@ -83,8 +83,9 @@ class MemoryChannel:
         want = len(into) if into is not None else 0
         message = frames.encode_request(call.request_id, op, body, payload, want)
         bulk = payload if payload is not None and len(payload) > INLINE_MAX else None
-        self._calls.add(call)
+        self._calls[call] = None
         self._network.calls[op] += 1
+        self._network.on_call(op, self._node, self._other._node)
         self._network.start_soon(self._carry, call, op, message, bulk)
         await call.done.wait()
         if call.reply is None:
@@ -95,6 +96,12 @@ class MemoryChannel:
         """Wait until the connection has ended at this end; return why."""
         await self._ended.wait()
         return self._ending
+
+    def call_now(
+        self, op: int, body: bytes, payload: Buffer | None = None, into: memoryview | None = None
+    ) -> Reply | Awaitable[Reply] | None:
+        """Begin a call without waiting for anything: every message takes its time here."""
+        return None
 
     async def aclose(self) -> None:
         """End the connection and wait until none of its requests is being served at this end."""
@@ -110,7 +117,7 @@ class MemoryChannel:
             return
         self._ending = ending
         self._ended.set()
-        self._node.channels.discard(self)
+        self._node.channels.pop(self, None)
         for call in list(self._calls):
             self._finish(call)
         for scope in self._serving:
@@ -155,7 +162,7 @@ class MemoryChannel:
         payload = memoryview(copy) if copy else None
         reply = None
         with trio.CancelScope() as scope:
-            self._serving.add(scope)
+            self._serving[scope] = None
             try:
                 if self._handle_now is not None:
                     reply = self._handle_now(self, frame.code, frame.body, payload, frame.want)
@@ -166,7 +173,7 @@ class MemoryChannel:
                 log.exception("request %d: the handler failed", frame.code)
                 reply = Reply(StorageError.status, b"", release=reply.release if reply is not None else None)
             finally:
-                self._serving.discard(scope)
+                self._serving.pop(scope)
                 self._served.unpark_all()
                 copy[:] = b"\xdd" * len(copy)  # whoever still looks at the payload sees that it is gone
         if reply is not None and self._ended.is_set():
@@ -188,7 +195,7 @@ class MemoryChannel:
         self._finish(call)
 
     def _finish(self, call: _Call) -> None:
-        self._calls.discard(call)
+        self._calls.pop(call, None)
         self._slots.release()
         call.done.set()
 
@@ -200,7 +207,7 @@ class MemoryNode:
         self._network = network
         self.peer = peer
         #: Connections that have not ended, both those made here and those accepted.
-        self.channels: set[MemoryChannel] = set()
+        self.channels: dict[MemoryChannel, None] = {}  # a set would have no order, and runs would not repeat
         self._addresses: list[str] = []
 
     async def listen(self, handler: Handler, on_connect: Callable[[Channel], None] | None = None) -> str:
@@ -214,8 +221,8 @@ class MemoryNode:
         """Connect to a listening node; Disconnected if there is none, or a partition between."""
         await trio.lowlevel.checkpoint()
         here, there = self._network.join(self, address, handler or refuse)
-        self.channels.add(here)
-        there._node.channels.add(there)
+        self.channels[here] = None
+        there._node.channels[there] = None
         return here
 
     def kill(self) -> None:
@@ -238,6 +245,8 @@ class MemoryNetwork:
         self.request_loss = 0.0
         self.reply_loss = 0.0
         self.calls: Counter[int] = Counter()
+        #: Called with each request's operation as it is sent, and from which node to which.
+        self.on_call: Callable[[int, MemoryNode, MemoryNode], None] = lambda op, source, target: None
         self._random = random.Random(seed)
         self._nursery: trio.Nursery | None = None
         self._nursery_manager = trio.open_nursery()

@@ -4,14 +4,16 @@ A handler is registered by the class of its request, in one of three kinds:
 
 - ``handlers_now``: synchronous; returns None if it takes an await after all, before anything has happened.
 - ``handlers``: asynchronous.
-- ``bulk``: takes the payload and the room for the reply's payload, and makes the Reply itself.
+- ``bulk``: takes the payload and the room for the reply's payload, and makes the Reply itself. ``bulk_now``: the same,
+  synchronous; returns None as ``handlers_now`` do.
 
 A recorded request that awaits runs as a task of the server: its client may lose the connection, come back and send it
-again, and then joins the task. Every other request is cancelled with its connection.
+again, and then joins the task. A newer request on its slot means that the client has given it up: it is cancelled, and
+the newer one served when it has ended. Every other request is cancelled with its connection.
 """
 
 import logging
-from collections import Counter
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
 from typing import TypeVar
@@ -21,6 +23,7 @@ import trio
 from .. import disk
 from ..errors import FsError, NotPermitted, ProtocolError, Stale, StorageError
 from ..model import ClientId
+from ..observe.statistics import Statistics
 from ..ports import Channel, KeyValueStore, Reply
 from ..services.calls import Batch, Call
 from ..services.sessions import Session, SessionTable
@@ -31,9 +34,13 @@ from .messages import (
     Expel,
     Failure,
     Finish,
+    HeldFiles,
     Hello,
+    InDoubt,
     Prepare,
+    Recount,
     Request,
+    Secure,
     TrimChunks,
     decode,
     decode_request,
@@ -45,11 +52,15 @@ R = TypeVar("R", bound=Body)
 AsyncHandler = Callable[[Request, Call], Awaitable[Body]]
 SyncHandler = Callable[[Request, Call], Body | None]
 BulkHandler = Callable[[Request, memoryview | None, int], Awaitable[Reply]]
+SyncBulkHandler = Callable[[Request, memoryview | None, int], Reply | None]
 
 log = logging.getLogger(__name__)
 
 #: What only daemons may ask of each other.
-FROM_DAEMONS = (TrimChunks, DropChunks, Prepare, Finish, Expel)
+FROM_DAEMONS = (TrimChunks, DropChunks, Prepare, Finish, Secure, InDoubt, HeldFiles, Recount, Expel)
+_NAMES = {op: cls.__name__ for op, cls in REQUESTS.items()}
+#: Counts requests that nobody knows.
+_UNKNOWN = "unknown"
 #: Characters of an error's message that travel: it is for logs.
 MESSAGE_MAX = 500
 
@@ -101,6 +112,7 @@ class _Running:
 
     def __init__(self, seq: int) -> None:
         self.seq = seq
+        self.scope = trio.CancelScope()
         self.done = trio.Event()
         self.reply: Reply | None = None
 
@@ -118,24 +130,34 @@ class Server:
         self._handlers: dict[type[Request], AsyncHandler] = {}
         self._handlers_now: dict[type[Request], SyncHandler] = {}
         self._bulk: dict[type[Request], BulkHandler] = {}
+        self._bulk_now: dict[type[Request], SyncBulkHandler] = {}
         self._ops_now: frozenset[int] = frozenset()
+        self._wait_told: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
         self.register(sessions.handlers(), sessions.handlers_now())
         self._running: dict[tuple[ClientId, int], _Running] = {}
         self._nursery: trio.Nursery | None = None
-        #: Requests served so far, by op.
-        self._counts: Counter[int] = Counter()
+        #: Requests served so far, by the name of their class.
+        self.statistics = Statistics()
 
     def register(
         self,
         handlers: Mapping[type[Request], AsyncHandler],
         handlers_now: Mapping[type[Request], SyncHandler] = MappingProxyType({}),
         bulk: Mapping[type[Request], BulkHandler] = MappingProxyType({}),
+        wait_told: Callable[[], Awaitable[None]] | None = None,
+        bulk_now: Mapping[type[Request], SyncBulkHandler] = MappingProxyType({}),
     ) -> None:
-        """Add a service's handlers."""
+        """Add a service's handlers.
+
+        ``wait_told`` waits until every daemon has done its part of what earlier incarnations of this one decided:
+        before that no retry is answered from what they recorded.
+        """
+        self._wait_told = wait_told or self._wait_told
         self._handlers.update(handlers)
         self._handlers_now.update(handlers_now)
         self._bulk.update(bulk)
-        self._ops_now = frozenset(cls.op for cls in self._handlers_now)
+        self._bulk_now.update(bulk_now)
+        self._ops_now = frozenset(cls.op for cls in (*self._handlers_now, *self._bulk_now))
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run the tasks of recorded requests until cancelled."""
@@ -147,7 +169,7 @@ class Server:
     @property
     def requests(self) -> dict[str, int]:
         """Return how many requests were served so far, by the name of their class."""
-        return {REQUESTS[op].__name__: count for op, count in sorted(self._counts.items())}
+        return {name: durations.count for name, durations in self.statistics.durations().items()}
 
     # ── entrances ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -155,27 +177,34 @@ class Server:
         """Serve a request that takes no await; None: call the handler. Never raises."""
         if op not in self._ops_now:
             return None
+        started_ns = time.perf_counter_ns()
         try:
             request, slot, seq = decode_request(op, body)
             session = self._admit(channel, request, payload, want)
+            bulk = self._bulk_now.get(type(request))
+            if bulk is not None:
+                reply = bulk(request, payload, want)
+                if reply is not None:
+                    self.statistics.add(_NAMES[op], started_ns)
+                return reply
             handler = self._handlers_now[type(request)]
             if not request.recorded:
                 answer = handler(request, ServedCall(self._store, session, 0, 0))
-            elif (found := self._recall(session, request, slot, seq)) is None:
+            elif self._recall(session, request, slot, seq) is None and (session.client_id, slot) not in self._running:
                 answer = handler(request, ServedCall(self._store, session, slot, seq))
             else:
-                answer = found if isinstance(found, Body) else None
+                answer = None
             if answer is None:
                 return None
-            self._counts[op] += 1
-            return Reply(0, encode(answer))
+            reply = Reply(0, encode(answer))
         except Exception as error:  # noqa: BLE001  every error is a reply
-            self._counts[op] += 1
-            return _failure(op, error)
+            reply = _failure(op, error)
+        self.statistics.add(_NAMES.get(op, _UNKNOWN), started_ns)
+        return reply
 
     async def __call__(self, channel: Channel, op: int, body: bytes, payload: memoryview | None, want: int) -> Reply:
         """Serve any request; only cancellation comes out."""
-        self._counts[op] += 1
+        started_ns = time.perf_counter_ns()
         try:
             request, slot, seq = decode_request(op, body)
             if isinstance(request, Hello):
@@ -186,6 +215,8 @@ class Server:
             return await self._serve_recorded(session, request, slot, seq)
         except Exception as error:  # noqa: BLE001  every error is a reply
             return _failure(op, error)
+        finally:
+            self.statistics.add(_NAMES.get(op, _UNKNOWN), started_ns)
 
     async def call_local(self, request: Request, reply_type: type[R]) -> R:
         """Serve a request of this daemon to itself (not recorded, no payload); raise what is wrong."""
@@ -239,15 +270,20 @@ class Server:
         if seq < newest:
             raise Stale(f"slot {slot} has gone on to {newest}")
         session.newest[slot] = seq
-        if outcome is not None:
-            return outcome
+        # An outcome may be stored while its task goes on: other daemons are still to do their part.
         running = self._running.get((session.client_id, slot))
-        return running if running is not None and running.seq == seq else None
+        return running if running is not None and running.seq == seq else outcome
 
     async def _serve_recorded(self, session: Session, request: Request, slot: int, seq: int) -> Reply:
         """Serve a recorded request once, however often it comes."""
-        found = self._recall(session, request, slot, seq)
+        while (found := self._recall(session, request, slot, seq)) is None:
+            older = self._running.get((session.client_id, slot))
+            if older is None:
+                break
+            older.scope.cancel()
+            await older.done.wait()
         if isinstance(found, Body):
+            await self._wait_told()
             return Reply(0, encode(found))
         running = found
         if running is None:
@@ -261,10 +297,13 @@ class Server:
 
     async def _run(self, running: _Running, request: Request, call: ServedCall) -> None:
         """Serve a recorded request as a task of its own."""
-        try:
-            running.reply = await self._serve(request, call, None, 0)
-        except Exception as error:  # noqa: BLE001  every error is a reply
-            running.reply = _failure(request.op, error)
+        with running.scope:
+            try:
+                running.reply = await self._serve(request, call, None, 0)
+            except Exception as error:  # noqa: BLE001  every error is a reply
+                running.reply = _failure(request.op, error)
+        if running.scope.cancelled_caught:
+            running.reply = _failure(request.op, Stale("the client has given it up"))
         # Cancelled only when the daemon stops: then nobody is told anything, and the next incarnation is asked again.
         key = call.client_id, call.slot
         if self._running.get(key) is running:

@@ -19,19 +19,25 @@ tag         message (64 bits: kind in the upper 32, number in the lower)
 3, id       payload of the reply to the request with this id
 ==========  ==============================================================================
 
+Whatever else comes would stay in UCX for as long as the connection lasts, and so would the second payload for one
+slot: the connection ends when it is found. A peer that asks for more than it takes has to wait with its large reads
+(``REPLY_BYTES_MAX``); one that takes nothing at all loses its connection (``UNSENT_MAX``).
+
 **Death.** The meeting socket tells (rpc/meeting). UCX itself then has to let go of messages that will never complete.
 What it takes, all of it tried with ``kill -9`` in the middle of transfers in both directions:
 
 - Endpoints with error handling, over shared memory too (``UCX_SYSV_ERROR_HANDLING``): without it a copy from a dead
   process's memory ends *our* process.
-- No rendezvous over shared memory: a half-done one crashes when its worker is destroyed. Eager messages are as fast.
+- No rendezvous over shared memory: a half-done one crashes when its worker is destroyed. Nor over TCP where no device
+  does RDMA. Eager messages are as fast.
 - System V segments rather than POSIX ones: the kernel removes them with the last process; a killed process leaves its
   POSIX ones in /dev/shm for ever.
 - The worker is destroyed through UCX, not through UCXX: UCXX's destructor waits for half-received messages, for ever.
 
 **Waiting.** Each connection has a task that polls its worker while anything moves and for ``spin_us`` after that, then
 arms it and sleeps on its file descriptor. A caller that is alone polls in its own call first: two scheduler passes cost
-more than a request over shared memory. Where answers take longer than that, callers soon stop trying.
+more than a request over shared memory. Where answers take longer than that, callers soon stop trying. Whoever polls
+yields the processor after each poll: more processes may poll than there are processors.
 """
 
 import ctypes
@@ -39,19 +45,34 @@ import logging
 import mmap
 import os
 import re
+import resource
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import trio
 
-from ..errors import Disconnected, NotSupported, ProtocolError, StorageError
-from ..limits import IN_FLIGHT_MAX, INLINE_MAX, PAYLOAD_MAX
+from ..errors import AuthenticationFailed, Disconnected, NotSupported, ProtocolError, StorageError, UserError
+from ..limits import (
+    BULK_SLOTS,
+    CONNECTIONS_MAX,
+    CONTROL_RECEIVES,
+    IN_FLIGHT_MAX,
+    INLINE_MAX,
+    PAYLOAD_MAX,
+    REPLY_BYTES_MAX,
+    UNSENT_MAX,
+)
 from ..model import ClientId
+from ..observe import recording, spans
 from ..ports import Buffer, Channel, Ending, Handler, Peer, Reply
 from . import frames, meeting
+from .addresses import is_public, public_devices
 from .handshake import Card, Handshake, Role
 from .network import handle_now_of
 
@@ -72,17 +93,27 @@ ENVIRONMENT = {
     "UCX_LOG_LEVEL": "error",
     "UCX_WARN_UNUSED_ENV_VARS": "n",
 }
+#: Where no device registers memory, UCX need not see what is unmapped: to patch munmap(2) and its like takes it 0.4 s.
+#: Without that it follows a null pointer when a rendezvous is given up; over TCP there need not be any.
+WITHOUT_RDMA = {"UCX_MEM_EVENTS": "n"}
+RDMA_DEVICES = Path("/sys/class/infiniband")
 #: Transport for peers that share memory with us, and for all others.
 SHARED_TLS = "sysv"
 REMOTE_TLS = "^sysv,posix,cma,knem,xpmem"
+#: Transports that reach no other process by themselves: ``self``, and what only copies for the shared memory of others.
+_ALONE = {"self", "cma", "knem"}
 
-#: Control receives posted per connection: a burst from a busy peer; only what is used takes memory.
-CONTROL_RECEIVES = 16
-#: Large request payloads under way per connection and direction. Each may take PAYLOAD_MAX bytes at the receiver.
-BULK_SLOTS = 4
-#: Microseconds to poll after the last thing that happened, before sleeping. A wake-up costs 25-50 µs on both sides;
-#: several times that covers a peer's small operation.
-SPIN_US = 100
+#: Microseconds to poll after the last thing that happened, before sleeping. A wake-up costs 25-50 µs on both sides
+#: while the processor is busy, and several times that once it has gone idle, on a virtual one above all; this covers
+#: what a mount does between two requests to the same daemon.
+SPIN_US = 300
+#: A caller whose peer has gone to sleep polls so much longer: the peer's wake-up.
+WAKE_NS = 300_000
+#: Who polls yields the processor after each poll, to whoever has to run there, the peer perhaps. If it does not come
+#: back for so long, or a tenth of the time for which it may poll, somebody else has work for it: then polling ends, and
+#: is not tried again for up to so many times.
+CONTENDED_NS = 1_000_000
+REST_MAX = 63
 #: A payload adds to that what copying it takes: 4 GB/s is what a slow memory or a fast network does.
 SPIN_BYTES_PER_NS = 4
 #: A caller whose answer is moving (a large payload) polls on, but never keeps the process from the rest this long.
@@ -92,7 +123,7 @@ SPIN_SKIP_MAX = 15
 #: Calls answered without a pause of their own let other tasks run after this many nanoseconds.
 YIELD_NS = 1_000_000
 #: Polls between two turns of the scheduler: about as long as its turn takes, so that half of the time is polling.
-POLLS_PER_TURN = 16
+POLLS_PER_TURN = 8
 #: A send that cannot go on because the peer takes nothing is polled at leisure after this many nanoseconds.
 STALL_NS = 20_000_000
 STALL_POLL_S = 0.001
@@ -101,6 +132,11 @@ SETTLE_TRIES = 8
 #: Seconds for the meeting socket to say what it knows, when UCX has failed first. A dead process's sockets close within
 #: microseconds of each other; a network that fails for UCX alone is as good as silent.
 VERDICT_S = 1.0
+#: How often, in turns in which something came, to look for messages that nobody waits for: a look takes 0.3 µs.
+STRAYS_EVERY = 64
+#: Descriptors of one connection: some seven of UCX's, and the meeting socket. All connections together get half of what
+#: the process may have.
+DESCRIPTORS_EACH = 8
 #: Progress calls that let cancelled receives and a closed endpoint leave a worker before it is destroyed.
 LAST_PROGRESS = 16
 
@@ -134,13 +170,30 @@ class _Counters:
         self.spins = self.sleeps = self.wakeups = 0
 
 
-class _Ucx:
-    """Hold what is used of ucxx and of UCX itself. Any: ucxx has no types."""
+@contextmanager
+def _without_blas_threads() -> Iterator[None]:
+    """Import NumPy, which ucxx needs for the types of buffers, without the threads of its algebra."""
+    name = "OPENBLAS_NUM_THREADS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+class Ucx:
+    """Hold what is used of ucxx and of UCX itself, for this module and for measuring it. Any: ucxx has no types."""
 
     def __init__(self) -> None:
-        for name, value in ENVIRONMENT.items():
+        self._rdma = RDMA_DEVICES.is_dir() and any(RDMA_DEVICES.iterdir())
+        for name, value in (ENVIRONMENT if self._rdma else ENVIRONMENT | WITHOUT_RDMA).items():
             os.environ.setdefault(name, value)
-        import ucxx._lib.libucxx as libucxx
+        with _without_blas_threads():
+            import ucxx._lib.libucxx as libucxx
         from ucxx._lib.arr import Array
 
         self.Array: Any = Array
@@ -152,10 +205,20 @@ class _Ucx:
         self.Error: type[Exception] = libucxx.UCXError
         self.features = (libucxx.Feature.TAG, libucxx.Feature.WAKEUP)
         self.control_tag: Any = libucxx.UCXXTag(_CONTROL)
+        self.any_tag: Any = (libucxx.UCXXTag(0), libucxx.UCXXTagMask(0))
         self._destroy = ctypes.CDLL("libucp.so.0").ucp_worker_destroy  # the library that ucxx has loaded
         self._destroy.argtypes, self._destroy.restype = [ctypes.c_void_p], None
         self._keep = ctypes.pythonapi.Py_IncRef
         self._keep.argtypes, self._keep.restype = [ctypes.py_object], None
+
+    def make_context(self, *, shared: bool, tls: str | None = None, net_devices: str | None = None) -> Any:
+        """Make the context for peers that share memory with us, or for all others. ``Ucx.Error``: UCX cannot."""
+        options = {"TLS": SHARED_TLS if shared else tls or REMOTE_TLS}
+        if shared or not self._rdma:
+            options["RNDV_THRESH"] = "inf"
+        if net_devices and not shared:
+            options["NET_DEVICES"] = net_devices
+        return self.Context(options, feature_flags=self.features)
 
     def destroy(self, worker: Any, endpoint: Any) -> None:
         """Destroy a worker with all it holds, whatever state that is in. UCXX's shells, some KB, stay for ever.
@@ -173,9 +236,14 @@ class _Ucx:
 class _Call:
     """Hold one unanswered request. ``into`` and ``payload`` stay referenced until UCX is through with them."""
 
-    __slots__ = ("done", "event", "frame", "into", "landing", "reply", "slot", "want")
+    __slots__ = (
+        *("answered_ns", "done", "event", "frame", "into", "landing", "number", "reply", "sent_ns", "slot", "want"),
+    )
 
-    def __init__(self, into: memoryview | None, want: int, landing: Any, slot: int) -> None:
+    def __init__(self, number: int, into: memoryview | None, want: int, landing: Any, slot: int) -> None:
+        self.number = number
+        #: When it was sent and answered, 0 unless somebody records.
+        self.sent_ns = self.answered_ns = 0
         self.into = into
         self.want = want
         #: The posted receive of the reply's payload, None where it comes inline.
@@ -242,6 +310,11 @@ class UcxChannel:
         self._spin_skip = 0
         # What this end serves.
         self._serving = 0
+        #: Bytes of large replies that were asked for and are not out yet; requests that wait until these are fewer.
+        self._reply_bytes = 0
+        self._held: deque[frames.Frame] = deque()
+        self._letting_in = False
+        self._turns = 0
         self._filling: list[_Slot] = []
         # What UCX works on: sends with their buffers and what to do when they are out; receives of control messages.
         self._sends: list[tuple[Any, Any, Callable[[], None] | None]] = []
@@ -288,23 +361,73 @@ class UcxChannel:
             self._give_back(bulk)
             raise Disconnected(f"the connection to {self._peer.host} has ended: {self._ending.value}")
         engine = self._engine
+        answer = self._begin(op, body, payload, into, bulk)
+        if not isinstance(answer, Reply):
+            return await answer
+        if time.perf_counter_ns() - engine.yielded_ns > YIELD_NS:
+            await trio.lowlevel.checkpoint()
+            engine.yielded_ns = time.perf_counter_ns()
+        return answer
+
+    def call_now(
+        self, op: int, body: bytes, payload: Buffer | None = None, into: memoryview | None = None
+    ) -> Reply | Awaitable[Reply] | None:
+        """Begin a call without waiting for anything; see ports.Channel."""
+        bulk = payload is not None and len(payload) > INLINE_MAX
+        if (
+            self._ending is not None
+            or self._room.value == 0
+            or (bulk and self._bulk_room.value == 0)
+            or time.perf_counter_ns() - self._engine.yielded_ns > YIELD_NS  # the others have to have their turn
+        ):
+            return None
+        self._room.acquire_nowait()
+        if bulk:
+            self._bulk_room.acquire_nowait()
+        return self._begin(op, body, payload, into, bulk)
+
+    def _begin(
+        self, op: int, body: bytes, payload: Buffer | None, into: memoryview | None, bulk: bool
+    ) -> Reply | Awaitable[Reply]:
+        """Send a request and poll for its reply, if nobody else waits; return that, or what waits for it."""
+        engine = self._engine
+        started_ns = recording.now()
+        call = self._start(op, body, payload, into, bulk)
+        if not engine.waiting and not call.done:
+            engine.waiting = 1
+            self._spin(call, call.want or (len(payload) if payload is not None else 0))
+            engine.waiting = 0
+        if call.done and call.reply is not None:
+            if started_ns:
+                self._record(call, op, started_ns)
+            return call.reply
         engine.waiting += 1
+        return self._wait(call, op, started_ns)
+
+    async def _wait(self, call: _Call, op: int, started_ns: int) -> Reply:
+        """Wait for the reply of a request that was sent. Whoever was given this awaits it, at once."""
         try:
-            call = self._start(op, body, payload, into, bulk)
-            if engine.waiting == 1 and not call.done:
-                self._spin(call, call.want or (len(payload) if payload is not None else 0))
             if not call.done:
                 call.event = trio.Event()  # before settling, which may find the reply
                 self._settle()
                 await call.event.wait()
-            elif time.perf_counter_ns() - engine.yielded_ns > YIELD_NS:
-                await trio.lowlevel.checkpoint()
-                engine.yielded_ns = time.perf_counter_ns()
         finally:
-            engine.waiting -= 1
+            self._engine.waiting -= 1
+        if started_ns:
+            self._record(call, op, started_ns)
         if call.reply is None:
             raise Disconnected(f"the connection to {self._peer.host} ended while request {op} was under way")
         return call.reply
+
+    def _record(self, call: _Call, op: int, started_ns: int) -> None:
+        if (recorder := recording.recorder) is not None:
+            sent_ns = call.sent_ns or started_ns
+            recorder.add_request(self._peer.daemon_id, call.number, op, started_ns, sent_ns, call.answered_ns)
+
+    @property
+    def serving(self) -> int:
+        """Return how many requests of the other end are being served."""
+        return self._serving
 
     async def wait_closed(self) -> Ending:
         """Wait until the connection has ended; return why."""
@@ -343,11 +466,12 @@ class UcxChannel:
         landing = None
         if want > INLINE_MAX:
             landing = self._worker.tag_recv(self._ucx.Array(into), self._ucx.Tag(_REPLY_BULK | request_id))
-        call = self._calls[request_id] = _Call(into, want, landing, slot)
+        call = self._calls[request_id] = _Call(request_id, into, want, landing, slot)
         self._counters.calls += 1
         self._send(message, self._ucx.control_tag)
         if bulk:
             self._send(payload, self._ucx.Tag(_REQUEST_BULK | slot))
+        call.sent_ns = recording.now()
         return call
 
     def _spin(self, call: _Call, size: int) -> None:
@@ -360,14 +484,16 @@ class UcxChannel:
             return
         now = time.perf_counter_ns()
         if now - self._active_ns > spin_ns:
-            return  # the peer sleeps: its kernel may well want to wake it on this very processor
+            spin_ns += WAKE_NS  # the peer sleeps
         spin_ns += size // SPIN_BYTES_PER_NS
         last, end = now + spin_ns, now + SPIN_US_MAX * 1000
         while not call.done and not self._failed and self._ending is None:
-            now = time.perf_counter_ns()
+            before, now = now, time.perf_counter_ns()
             if self._poll():
                 last = now + spin_ns
-            elif now > last or now > end:
+            elif now < last and now < end and now - before < self._engine.contended_ns:
+                os.sched_yield()
+            else:
                 self._spin_misses = min(2 * self._spin_misses + 1, SPIN_SKIP_MAX)
                 self._spin_skip = self._spin_misses
                 return
@@ -414,6 +540,7 @@ class UcxChannel:
             self._bulk_free.append(call.slot)
         self._give_back(call.slot >= 0)
         call.done = True
+        call.answered_ns = recording.now()
         if call.event is not None:
             call.event.set()
 
@@ -423,6 +550,10 @@ class UcxChannel:
         self._serving += 1
         if self._serving > IN_FLIGHT_MAX:
             raise ProtocolError(f"more than {IN_FLIGHT_MAX} requests under way")
+        if frame.want > INLINE_MAX:
+            self._held.append(frame)
+            self._let_in()
+            return
         if not frame.bulk:
             self._dispatch(frame, frame.payload if len(frame.payload) else None, None)
             return
@@ -435,6 +566,26 @@ class UcxChannel:
         else:
             self._filling.append(slot)
 
+    def _let_in(self) -> None:
+        """Serve those that ask for large replies, as far as there is room for these."""
+        if self._letting_in:
+            return  # the loop below is at it
+        self._letting_in = True
+        try:
+            while self._held and self._reply_bytes + self._held[0].want <= REPLY_BYTES_MAX and self._ending is None:
+                frame = self._held.popleft()
+                self._reply_bytes += frame.want
+                self._dispatch(frame, None, None)
+        finally:
+            self._letting_in = False
+
+    def _reply_out(self, want: int, release: Callable[[], None] | None) -> None:
+        """Go on when the payload of a reply is out."""
+        if release is not None:
+            release()
+        self._reply_bytes -= want
+        self._let_in()
+
     def _on_filled(self, slot: _Slot) -> None:
         """Serve a request whose payload is there."""
         frame = slot.frame
@@ -446,31 +597,46 @@ class UcxChannel:
 
     def _dispatch(self, frame: frames.Frame, payload: memoryview | None, slot: _Slot | None) -> None:
         """Have the handler serve a request: at once if it can, otherwise in a task."""
+        recorder, served = recording.recorder, None
+        if recorder is not None:
+            served = recorder.receive(self._peer.client_id, frame.request_id, frame.code)
         if self._handle_now is not None:
+            token = recorder.begin_served(served) if recorder is not None and served is not None else None
             try:
                 reply = self._handle_now(self, frame.code, frame.body, payload, frame.want)
             except Exception:
                 log.exception("request %d: the handler failed", frame.code)
                 reply = Reply(StorageError.status, b"")
+            finally:
+                if recorder is not None and token is not None:
+                    recorder.leave_served(token)
             if reply is not None:
-                self._answer(frame, reply, slot)
+                self._answer(frame, reply, slot, served)
                 return
         if payload is not None and slot is None:
             payload = memoryview(bytes(payload))  # it lies in a control buffer, which is needed for the next message
         assert self._nursery is not None
-        self._nursery.start_soon(self._serve, frame, payload, slot)
+        self._nursery.start_soon(self._serve, frame, payload, slot, served)
 
-    async def _serve(self, frame: frames.Frame, payload: memoryview | None, slot: _Slot | None) -> None:
+    async def _serve(
+        self, frame: frames.Frame, payload: memoryview | None, slot: _Slot | None, served: spans.Served | None
+    ) -> None:
+        if served is not None and (recorder := recording.recorder) is not None:
+            recorder.begin_served(served)
         try:
             reply = await self._handler(self, frame.code, frame.body, payload, frame.want)
         except Exception:
             log.exception("request %d: the handler failed", frame.code)
             reply = Reply(StorageError.status, b"")
-        self._answer(frame, reply, slot)
+        self._answer(frame, reply, slot, served)
         self._settle()
 
-    def _answer(self, frame: frames.Frame, reply: Reply, slot: _Slot | None) -> None:
+    def _answer(
+        self, frame: frames.Frame, reply: Reply, slot: _Slot | None, served: spans.Served | None = None
+    ) -> None:
         """Send the reply and its payload, once the request's slot is free again; release the payload when it is out."""
+        if served is not None:
+            served.done_ns = recording.now()
         self._serving -= 1
         if self._ending is not None:
             if reply.release is not None:
@@ -488,8 +654,10 @@ class UcxChannel:
             message = frames.encode_reply(frame.request_id, StorageError.status, b"", None, frame.want)
         if frame.want > INLINE_MAX:
             tag = self._ucx.Tag(_REPLY_BULK | frame.request_id)
-            self._send(payload if payload is not None else b"", tag, release)
+            self._send(payload if payload is not None else b"", tag, partial(self._reply_out, frame.want, release))
         self._send(message, self._ucx.control_tag)
+        if served is not None and (recorder := recording.recorder) is not None:
+            recorder.end_served(served)
         if frame.want <= INLINE_MAX and release is not None:
             release()
 
@@ -504,6 +672,8 @@ class UcxChannel:
                 request = self._endpoint.tag_send(array, tag)
                 if not request.completed:
                     self._sends.append((request, array, release))
+                    if len(self._sends) > UNSENT_MAX:
+                        self._check_taken()
                     return
                 request.check_error()
                 request = None
@@ -511,6 +681,25 @@ class UcxChannel:
                 self._fail()
         if release is not None:
             release()
+
+    def _check_taken(self) -> None:
+        """End the connection to a peer that goes on asking and takes nothing."""
+        self._reap_sends()
+        if len(self._sends) > UNSENT_MAX and self._ending is None:
+            log.warning(
+                "giving up the connection to %s: it has not taken %d messages", self._peer.host, len(self._sends)
+            )
+            self._end(Ending.PROTOCOL)
+
+    def _refuse_strays(self) -> None:
+        """Look for messages that nobody waits for. ProtocolError.
+
+        Behind ``_reap`` there is none from a peer that keeps to the rules: control messages find receives posted then,
+        and payloads always do.
+        """
+        found = self._worker.tag_probe(*self._ucx.any_tag)
+        if found.matched and found.sender_tag != _CONTROL:
+            raise ProtocolError(f"a message of {found.length} bytes that nobody waits for")
 
     def _fail(self) -> None:
         """Do without UCX, which failed, until the meeting socket has said whether the peer is dead for certain."""
@@ -536,12 +725,18 @@ class UcxChannel:
         self._active_ns = time.perf_counter_ns()
         try:
             self._reap()
+            self._turns += 1
+            if self._turns % STRAYS_EVERY == 0 and self._ending is None:
+                self._refuse_strays()
         except ProtocolError as error:
-            log.warning("giving up the connection to %s: %s", self._peer.host, str(error))
-            self._end(Ending.PROTOCOL)
+            self._give_up(error)
         except self._ucx.Error:
             self._fail()
         return True
+
+    def _give_up(self, error: ProtocolError) -> None:
+        log.warning("giving up the connection to %s: %s", self._peer.host, str(error))
+        self._end(Ending.PROTOCOL)
 
     def _reap(self) -> None:
         """Take every completed receive and send.
@@ -664,22 +859,45 @@ class UcxChannel:
 
     async def _progress(self) -> None:
         """Poll while anything moves and a little longer; then sleep until UCX has something."""
-        engine, worker, counters, poll = self._engine, self._worker, self._counters, self._poll
+        engine, worker, counters = self._engine, self._worker, self._counters
+        rest = losses = 0
         while not self._failed:
-            now = engine.yielded_ns = time.perf_counter_ns()
-            if any(poll() for _ in range(POLLS_PER_TURN)):
-                pass
-            elif now - self._active_ns >= engine.spin_ns and worker.arm():
+            began_ns = engine.yielded_ns = time.perf_counter_ns()
+            if self._poll_for_a_turn(yields=bool(engine.spin_ns) and not rest):
+                await trio.lowlevel.checkpoint()
+                continue
+            now = time.perf_counter_ns()
+            if now - began_ns > engine.contended_ns:
+                rest = losses = min(2 * losses + 1, REST_MAX)
+            if (rest or now - self._active_ns >= engine.spin_ns) and self._may_sleep() and worker.arm():
+                rest = max(0, rest - 1)
+                losses = losses if rest else losses // 2
                 counters.sleeps += 1
                 with trio.CancelScope() as self._asleep:
                     await trio.lowlevel.wait_readable(worker.epoll_file_descriptor)
                 self._asleep = None
                 counters.wakeups += 1
-                continue
             elif self._sends and now - self._active_ns > STALL_NS:
                 await trio.sleep(STALL_POLL_S)  # shared memory has no event for room in the peer's queue
-                continue
-            await trio.lowlevel.checkpoint()
+            else:
+                await trio.lowlevel.checkpoint()
+
+    def _may_sleep(self) -> bool:
+        """Look for messages that nobody waits for once more before nothing moves; they end the connection."""
+        try:
+            self._refuse_strays()
+        except ProtocolError as error:
+            self._give_up(error)
+        return self._ending is None
+
+    def _poll_for_a_turn(self, *, yields: bool) -> bool:
+        """Poll until something happens, a few times at most; return whether it did."""
+        for _ in range(POLLS_PER_TURN):
+            if self._poll():
+                return True
+            if yields:
+                os.sched_yield()
+        return False
 
     def _end(self, ending: Ending) -> None:
         """Decide that the connection is over; ``run`` does the rest."""
@@ -724,7 +942,7 @@ class UcxEngine:
     ``peer`` is how the others see this process. ``tls`` and ``net_devices`` override UCX_TLS and UCX_NET_DEVICES; with
     either of ``tls`` and UCX_TLS set, that alone decides and shared memory is never chosen by itself. ``lease_s``
     bounds how long the silence of a peer's kernel goes unnoticed. ``spin_us`` is how long to poll before sleeping, 0 is
-    never, None is what suits this machine.
+    never, None is what suits this machine. Unless ``public``, nothing is opened at an address of the public internet.
     """
 
     def __init__(
@@ -739,9 +957,10 @@ class UcxEngine:
         net_devices: str | None = None,
         lease_s: float = 60.0,
         spin_us: int | None = None,
+        public: bool = False,
     ) -> None:
         self.peer = peer
-        self.ucx = _Ucx()
+        self.ucx = Ucx()
         self.counters = _Counters()
         #: Callers inside ``call``: one that is alone may poll.
         self.waiting = 0
@@ -749,20 +968,27 @@ class UcxEngine:
         self.yielded_ns = 0
         #: On a single processor polling keeps the answer from being made.
         self.spin_ns = (SPIN_US if spin_us is None else spin_us) * 1000 if len(os.sched_getaffinity(0)) > 1 else 0
+        self.contended_ns = max(CONTENDED_NS, self.spin_ns // 10)
         self._secret = secret
         self._cluster_id = cluster_id
         self._host = host
         self._port = port
         self._tls = tls or os.environ.get("UCX_TLS")
-        self._net_devices = net_devices
+        self._net_devices = net_devices or os.environ.get("UCX_NET_DEVICES")
         self._lease_s = lease_s
+        self._public = public
         self._shares = "" if self._tls else meeting.shares_of_this_process()
         self._contexts: dict[bool, Any] = {}
         self._channels: set[UcxChannel] = set()
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        #: Connections that are accepted, by what this process may have open.
+        self.connections_max = min(CONNECTIONS_MAX, descriptors // 2 // DESCRIPTORS_EACH)
         self._nursery: trio.Nursery | None = None
         self._nursery_manager = trio.open_nursery()
 
     async def __aenter__(self) -> Self:
+        """Begin. UserError when nothing can be reached with these settings, before anybody is kept waiting for it."""
+        self._contexts[False] = self._make_remote_context()
         self._nursery = await self._nursery_manager.__aenter__()
         return self
 
@@ -787,6 +1013,16 @@ class UcxEngine:
             *(counters.spins, counters.sleeps, counters.wakeups),
         )
 
+    @property
+    def serving(self) -> int:
+        """Return how many requests are being served."""
+        return sum(channel.serving for channel in self._channels)
+
+    @property
+    def full(self) -> bool:
+        """Tell whether there are as many connections as may be."""
+        return len(self._channels) >= self.connections_max
+
     async def listen(
         self,
         handler: Handler,
@@ -795,7 +1031,10 @@ class UcxEngine:
         host: str | None = None,
         port: int | None = None,
     ) -> str:
-        """Accept connections from now on; return the address for ``connect``. Raise Disconnected if it cannot."""
+        """Accept connections from now on; return the address for ``connect``. Raise Disconnected if it cannot.
+
+        UserError: at an address of the public internet, which nobody has allowed.
+        """
         host = self._host if host is None else host
         try:
             listener, *others = await trio.open_tcp_listeners(self._port if port is None else port, host=host)
@@ -803,6 +1042,13 @@ class UcxEngine:
             raise Disconnected(f"cannot listen at {host}: {error}") from error
         for other in others:
             await other.aclose()
+        here = listener.socket.getsockname()[0]
+        if not self._public and is_public(here):
+            await listener.aclose()
+            raise UserError(
+                f"{here} can be reached from the public internet: choose another address with --listen "
+                "(daemon.listen), or allow this one with --public (ucx.public)"
+            )
 
         async def meet(stream: trio.SocketStream) -> None:
             made = _Meeting(self, Role.SERVER, handler)
@@ -854,23 +1100,57 @@ class UcxEngine:
         context = self._contexts.get(shared)
         try:
             if context is None:
-                context = self._contexts[shared] = self._make_context(shared)
+                make = self._make_shared_context if shared else self._make_remote_context
+                context = self._contexts[shared] = make()
             worker = self.ucx.Worker(context)
             worker.init_blocking_progress_mode()
             address = bytes(worker.address)
-        except self.ucx.Error as error:
+        except (self.ucx.Error, UserError) as error:
             raise Disconnected(f"UCX: {error}") from error
         peer = Peer(ClientId(card.client_id), card.daemon_id, card.host, card.pid, card.boot_id)
         return UcxChannel(self, peer, handler, _transport_of(context), worker), address
 
-    def _make_context(self, shared: bool) -> Any:
-        """Make the UCX context for peers that share memory with us, or for all others."""
-        if shared:
-            return self.ucx.Context({"TLS": SHARED_TLS, "RNDV_THRESH": "inf"}, feature_flags=self.ucx.features)
-        options = {"TLS": self._tls or REMOTE_TLS}
-        if self._net_devices:
-            options["NET_DEVICES"] = self._net_devices
-        return self.ucx.Context(options, feature_flags=self.ucx.features)
+    def look_again(self) -> None:
+        """Have UCX look anew at the network's devices for the next connection; for the classes of this module.
+
+        A context knows those that were there when it was made. Connections that it carries keep it.
+        """
+        self._contexts.pop(False, None)
+
+    def _make_shared_context(self) -> Any:
+        """Make the UCX context for peers that share memory with us."""
+        return self.ucx.make_context(shared=True)
+
+    def _make_remote_context(self) -> Any:
+        """Make the UCX context for all other peers. UserError when what was set leaves nothing to reach them with.
+
+        UCX passes over names that it does not know, as long as something remains, be it only ``self``.
+        """
+        try:
+            context = self.ucx.make_context(shared=False, tls=self._tls, net_devices=self._net_devices)
+        except self.ucx.Error as error:
+            raise UserError(
+                f"UCX cannot be used{self._as_set()}: {error}; benchfs doctor lists what there is"
+            ) from None
+        resources = _resources(context)
+        if self._net_devices and all(device == "memory" for _, device in resources):
+            raise UserError(f"UCX finds no such network device{self._as_set()}; benchfs doctor lists what there is")
+        if self._tls and not {transport for transport, _ in resources} - _ALONE:
+            raise UserError(f"UCX reaches no other process{self._as_set()}; benchfs doctor lists what there is")
+        open_ = public_devices(device for transport, device in resources if transport == "tcp")
+        if open_ and not self._public:
+            device, address = next(iter(open_.items()))
+            raise UserError(
+                f"UCX would listen at {address} of {device}, which can be reached from the public internet: name other "
+                "devices with --net-devices (ucx.net_devices), or allow this one with --public (ucx.public)"
+            )
+        return context
+
+    def _as_set(self) -> str:
+        """Name the settings that UCX has to do with."""
+        settings = (("ucx.tls", self._tls), ("ucx.net_devices", self._net_devices))
+        named = " and ".join(f"{key} {value!r}" for key, value in settings if value)
+        return f" with {named}" if named else ""
 
     def forget(self, channel: UcxChannel) -> None:
         """Drop a connection that has ended; for the classes of this module."""
@@ -891,6 +1171,10 @@ class _Meeting:
     async def answer(self, handshake: Handshake) -> None:
         """Do what the handshake needs now."""
         if handshake.peer is not None and self.channel is None:
+            if self._role is Role.SERVER and self._engine.full:
+                refusal = f"there are {self._engine.connections_max} connections, as many as this process takes"
+                handshake.refuse(refusal)
+                raise AuthenticationFailed(refusal)
             self.channel, address = self._engine.make_channel(handshake.peer, self._handler)
             if self._role is Role.CLIENT:
                 handshake.give_address(address)
@@ -903,14 +1187,23 @@ class _Meeting:
                 handshake.give_ready()
 
     def abandon(self) -> None:
-        """Give back what was made for a connection that did not come about."""
+        """Give back what was made for a connection that did not come about.
+
+        Perhaps one of the two ends has an address by now that UCX does not know of.
+        """
         if self.channel is not None:
             self.channel.let_go()
+            self._engine.look_again()
+
+
+def _resources(context: Any) -> list[tuple[str, str]]:
+    """Return the transports of a context, each with its device, from what UCX lists: ``… -- rc_mlx5/mlx5_0:1``."""
+    return re.findall(r"-- (\w+)/(\S+)", context.info)
 
 
 def _transport_of(context: Any) -> str:
-    """Name what a context's connections go over, from the resources that UCX lists: ``… -- rc_mlx5/mlx5_0:1``."""
-    found = set(re.findall(r"-- (\w+)/", context.info))
+    """Name what a context's connections go over."""
+    found = {transport for transport, _ in _resources(context)}
     if "sysv" in found:
         return "shm"
     return "rdma" if any(name.startswith(("rc", "dc", "ud")) for name in found) else "tcp"

@@ -6,9 +6,12 @@ Nothing here awaits: a request is answered at once, or Blocked by a truncation u
 import stat
 from collections.abc import Callable
 
+import msgspec
+
 from .. import acl, disk
-from ..errors import FileTooLarge, InvalidArgument, IsADirectory, NotSupported
+from ..errors import FileTooLarge, InvalidArgument, IsADirectory, NotSupported, Stale
 from ..limits import FILE_SIZE_MAX
+from ..privileges import without
 from ..rpc.messages import (
     TIME_NOW,
     TIME_OMIT,
@@ -30,8 +33,8 @@ from .calls import Call, Opens
 from .inodes import Draft, Inode, Inodes
 from .locks import Locks
 
-#: The extended attribute that holds an access ACL.
-ACL_ACCESS = b"system.posix_acl_access"
+#: The extended attribute that lends a program powers, until it is changed or given away (capabilities(7)).
+CAPABILITY = b"security.capability"
 #: relatime: an access time older than this is set anyway (mount(8)). One day, in ns.
 RELATIME_NS = 24 * 60 * 60 * 10**9
 
@@ -44,6 +47,9 @@ def change(draft: Draft, inode: Inode, request: SetAttr) -> None:
         inode.uid = request.uid
     if request.gid is not None:
         inode.gid = request.gid
+    inode.mode = without(inode.mode, request.taken)
+    if not inode.is_dir and (request.size, request.uid, request.gid) != (None, None, None):
+        remove_xattr(draft, inode, CAPABILITY)
     resized = request.size is not None and request.size != inode.size
     if request.size is not None:
         inode.size = request.size
@@ -54,15 +60,47 @@ def change(draft: Draft, inode: Inode, request: SetAttr) -> None:
         inode.mtime_ns = inode.ctime_ns if request.mtime_ns == TIME_NOW else request.mtime_ns
 
 
+def cuts(inode: Inode, size: int) -> bool:
+    """Tell whether setting the size cuts something off."""
+    return size < inode.size or size == inode.size < inode.reach
+
+
 def set_permissions(draft: Draft, inode: Inode, mode: int) -> None:
     """Set the permission bits, and the entries of an access ACL that go with them."""
     if stat.S_ISLNK(inode.mode):
         raise NotSupported("permissions of a symbolic link")
     inode.mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(mode)
     if inode.xattr_size:
-        key = disk.key_name(disk.XATTR, inode.ino, ACL_ACCESS)
+        key = disk.key_name(disk.XATTR, inode.ino, acl.ACCESS)
         if (value := draft.get(key)) is not None:
             draft.put(key, acl.encode(acl.with_mode(acl.decode(value), mode)))
+
+
+def remove_xattr(draft: Draft, inode: Inode, name: bytes) -> bool:
+    """Remove an extended attribute; tell whether there was one."""
+    if not inode.xattr_size:
+        return False
+    key = disk.key_name(disk.XATTR, inode.ino, name)
+    if draft.get(key) is None:
+        return False
+    draft.delete(key)
+    inode.xattr_size -= len(name) + 1
+    return True
+
+
+def inherit(draft: Draft, inode: Inode, default: bytes) -> None:
+    """Give a new inode, which has the mode that was asked for, what the default ACL of its directory makes of that.
+
+    As posix_acl_create() of fs/posix_acl.c: what the permission bits say already is not kept; a directory hands it on.
+    """
+    access = acl.inherited(acl.decode(default), inode.mode)
+    inode.mode = inode.mode & ~0o777 | acl.permissions_of(access)
+    kept = {} if acl.is_minimal(access) else {acl.ACCESS: acl.encode(access)}
+    if inode.is_dir:
+        kept[acl.DEFAULT] = default
+    for name, value in kept.items():
+        draft.put(disk.key_name(disk.XATTR, inode.ino, name), value)
+        inode.xattr_size += len(name) + 1
 
 
 def _check_file(inode: Inode) -> None:
@@ -97,20 +135,29 @@ class Attributes:
         self._closed = closed
 
     def getattr(self, request: GetAttr, call: Call) -> Body:
-        """Return the attributes."""
+        """Return the attributes. Whoever found the name of an inode that is being made waits until it is."""
         del call
-        return AttrsReply(self._inodes.get(request.ino).attrs())
+        inode = self._inodes.find(request.ino)
+        if inode is None:
+            self._locks.check_exclusive(disk.key(disk.INODE, request.ino))
+            raise Stale(f"inode {request.ino} has gone")
+        return AttrsReply(inode.attrs())
 
     def setattr(self, request: SetAttr, call: Call) -> Body | None:
-        """Change attributes; None if that makes a file smaller. The size that it has already is no change."""
+        """Change attributes; None if that cuts a file. The size that it has already is no change.
+
+        That size cuts off what is allocated behind it, as on ext4.
+        """
         draft = self._inodes.draft()
         inode = draft.inode(request.ino)
         if request.size is not None:
             _check_file(inode)
             _check_size(request.size)
             self._locks.check_exclusive(disk.key(disk.TRUNCATING, request.ino))
-            if request.size < inode.size:
+            if cuts(inode, request.size):
                 return None
+        if request.taken and without(inode.mode, request.taken) == inode.mode:
+            request = msgspec.structs.replace(request, taken=0)
         if request not in (SetAttr(request.ino), SetAttr(request.ino, size=inode.size)):
             change(draft, inode, request)
         reply = AttrsReply(inode.attrs())
@@ -123,9 +170,12 @@ class Attributes:
         inode = draft.inode(request.ino)
         _check_file(inode)
         _check_size(request.end)
+        _check_size(request.reach)
         self._locks.check_exclusive(disk.key(disk.TRUNCATING, request.ino))
         inode.size = max(inode.size, request.end)
+        inode.reach = max(inode.reach, request.reach)
         inode.allocated = max(0, inode.allocated + request.allocated_delta)
+        _check_size(inode.allocated)
         draft.stamp(inode, data=True)
         reply = AttrsReply(inode.attrs())
         call.commit(draft, reply)
@@ -143,6 +193,8 @@ class Attributes:
         self._locks.check_exclusive(disk.key(disk.TRUNCATING, request.ino))
         if request.length:
             inode.size += request.length
+            inode.mode = without(inode.mode, request.taken)
+            remove_xattr(draft, inode, CAPABILITY)
             draft.stamp(inode, data=True)
         reply = AppendReply(offset, inode.attrs())
         call.commit(draft, reply)

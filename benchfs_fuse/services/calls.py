@@ -79,13 +79,18 @@ class Opens(Protocol):
         """Return how many handles all sessions hold on ``ino``; while sessions may still reclaim, at least 1."""
         ...
 
+    def written_by_others(self, ino: int, client_id: ClientId | None) -> bool:
+        """Tell whether a session other than this client's has ``ino`` open for writing, or may yet reclaim that."""
+        ...
+
 
 class Peers(Protocol):
     """Reach every daemon of the cluster, this one included (which is served without a connection)."""
 
-    async def call(self, daemon_id: int, request: Request, reply: type[R]) -> R:
+    async def call(self, daemon_id: int, request: Request, reply: type[R], into: memoryview | None = None) -> R:
         """Send a request that is not recorded and wait for its answer, over reconnections, for as long as it takes.
 
-        Raise what the other daemon answered (FsError); callers who cannot wait cancel.
+        ``into`` receives the payload of another daemon's answer. Raise what the other daemon answered (FsError);
+        InvalidArgument if there is no such daemon. Callers who cannot wait cancel.
         """
         ...

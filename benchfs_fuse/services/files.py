@@ -6,17 +6,22 @@ Everything below works on inode numbers and handles; names are the name space's 
 ``WriteBehind`` holds accepted bytes; ``Known`` holds the newest attributes. A byte is on its way from *accepted* (in a
 run) over *written* (its daemon has it) to *published* (the inode's daemon counts it). ``_flush`` takes everything that
 was accepted before to the end of that way; it is what every operation does first that could otherwise tell or do the
-wrong thing: getattr and everything that hands out attributes, setattr, append, fsync, close.
+wrong thing: getattr and everything that hands out attributes, setattr, append, fallocate, seek, a copy between files,
+fsync, close. The space of a file, below its bytes, is the matter of ``FileSpace``.
 
 **Scheduling.** One event loop; code between two awaits is atomic. Tasks of our own: one for each sealed run, one that
 flushes what has been dirty for ``gather_time_s``, one for each flush that it starts, one for each touch.
 
-**Locks**, each per node and never two at once:
+**Locks**, each per node; ``order`` is taken before the others, those never together:
 
-- ``order``: held while a write is accepted, by an append until its range is reserved, by setattr from its flush to its
-  answer. So a truncation never falls between the pieces of a write, and no bytes are accepted that a truncation under
-  way would have to cut. A flush does not take it: a writer may hold it while it waits for room, and a flush makes room.
-- ``publishing``: held during CommitWrite. So sizes and growth are published one after the other, each once.
+- ``order``: held while a write is accepted, or begun if it does not gather, by an append until its range is reserved,
+  by setattr, fallocate and a copy into the file from their flush to their answer. So a truncation never falls between
+  the pieces of a write or between the chunks of an allocation, and no bytes are accepted that a truncation or a hole
+  under way would have to take. A flush does not take it: a writer may hold it while it waits for room, and a flush
+  makes room.
+- ``publishing``: held during CommitWrite. So sizes and growth are published one after the other, each once; whoever
+  flushes meanwhile waits for it.
+- ``syncing``: held while an fsync waits for chunks. One that finds nothing left to sync waits for who took it.
 
 **Races, one by one.**
 
@@ -25,6 +30,7 @@ flushes what has been dirty for ``gather_time_s``, one for each flush that it st
 - *Publish and getattr.* Replies overtake each other; ``Known`` keeps the newest version, so no older size is shown.
 - *Release and open.* The node leaves the table in the same step in which its last handle goes, after a flush. An open
   that comes later makes a new node; one that came before keeps the old one.
+- *Copy and write.* What is written to the source after its flush may be copied or not; so may what another mount does.
 - *Failure and report.* A run sets the error of every handle before it counts as written; whoever flushes and then looks
   at its handle's error sees it.
 - *Truncation elsewhere.* Another mount may cut what we have written and not published. Publishing then makes the file
@@ -45,15 +51,30 @@ import os
 import stat
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
 import trio
 
-from ..errors import BadHandle, FileTooLarge, FsError, InvalidArgument, IsADirectory, Stale
+from .. import acl
+from ..errors import (
+    BadHandle,
+    DaemonUnreachable,
+    FileTooLarge,
+    FsError,
+    InvalidArgument,
+    IsADirectory,
+    NoDevice,
+    NoSpace,
+    NotSupported,
+    Stale,
+    StorageError,
+)
 from ..layout import extents
 from ..limits import FILE_SIZE_MAX
 from ..model import Attrs, ChunkId
+from ..observe import recording, spans
+from ..privileges import SETID, Who, has_set_id, without
 from ..rpc.client import Links
 from ..rpc.messages import (
     TIME_NOW,
@@ -63,20 +84,39 @@ from ..rpc.messages import (
     AttrsReply,
     CommitWrite,
     Done,
+    EntryReply,
     OpenCount,
     SyncChunks,
     SyncMeta,
 )
+from .jobs import persist
 from .known import Known
 from .namespace import Namespace
 from .parallel import all_of, background
 from .remote_chunks import RemoteChunkStore
+from .space import FileSpace
 from .write_behind import RUN_MAX, Budget, WriteBehind, accepted_bytes
 
 log = logging.getLogger(__name__)
 
 #: relatime's rule lets an access time grow at least this old (mount(8)).
 _DAY_NS = 86_400 * 10**9
+
+#: Bits of fallocate(2)'s mode (linux/falloc.h), and which of their combinations there are here.
+FALLOC_FL_KEEP_SIZE = 1
+FALLOC_FL_PUNCH_HOLE = 2
+FALLOC_FL_ZERO_RANGE = 16
+FALLOCATE_MODES = (
+    0,
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_ZERO_RANGE,
+    FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE,
+)
+#: Larger allocations first ask all daemons for their space, lest one that cannot be had fills the disks in trying.
+ALLOCATE_UNSEEN_MAX = 1 << 30
+#: Bytes of one copy_range: about a second, in which nobody else can write to the file through this mount.
+COPY_MAX = 1 << 30
 
 
 class FilesStatistics(NamedTuple):
@@ -101,9 +141,11 @@ class Handle:
         self.reads = access != os.O_WRONLY
         self.writes = access != os.O_RDONLY
         self.append = self.writes and bool(flags & os.O_APPEND)
-        #: Gathered bytes were dropped since this handle last reported.
+        #: Gathered bytes were dropped, or a disk has lost bytes, since this handle last reported.
         self.error: FsError | None = None
         self.touched = bool(flags & os.O_NOATIME)
+        #: It was given back, or is being given back.
+        self.released = False
         #: O_SYNC or O_DSYNC: whoever writes has to call fsync (the kernel does for files that it caches).
         self.syncs = self.writes and bool(flags & os.O_DSYNC)
 
@@ -131,10 +173,16 @@ class _Node:
         self.handles: set[Handle] = set()
         self.order = trio.Lock()
         self.publishing = trio.Lock()
+        self.syncing = trio.Lock()
         self.writing: WriteBehind
         self.store: RemoteChunkStore
+        self.space: FileSpace
+        #: Something may be dirty whose place no append has reserved: the next append has to come behind it.
+        self.placed = False
         #: Whether an fsync has asked all daemons of the file: before, what earlier handles wrote may not be synced.
         self.synced_once = False
+        #: Daemons that an fsync is asking.
+        self.being_synced: set[int] = set()
         #: The daemons may hold parts of dropped bytes behind the size, or more than was counted.
         self.doubtful = False
         #: The daemon has restarted and does not know the inode any more.
@@ -145,10 +193,14 @@ class _Node:
     @property
     def attrs(self) -> Attrs:
         """Return the newest attributes known."""
+        self.remember()
+        return self._attrs
+
+    def remember(self) -> None:
+        """Keep the newest attributes known, for when ``Known`` forgets them."""
         newest = self._known.get(self.ino)
         if newest is not None:
             self._attrs = newest
-        return self._attrs
 
     @property
     def size(self) -> int:
@@ -157,8 +209,8 @@ class _Node:
 
     @property
     def dirty(self) -> bool:
-        """Tell whether anything is accepted and not published."""
-        return self.writing.pending or self.writing.unpublished
+        """Tell whether anything is accepted and not published, or on its way to be."""
+        return self.writing.pending or self.writing.unpublished or self.publishing.locked()
 
 
 class Files:
@@ -175,12 +227,13 @@ class Files:
     ) -> None:
         self.namespace = namespace
         self.known = Known()
+        namespace.on_changed = self.known.change
         self._links: Links = namespace.links
         self._nursery = nursery
         self._gather = gather_bytes_max > 0
         self._gather_time_s = gather_time_s
         self._atime = atime
-        #: Called with the inode of gathered bytes that could not be written.
+        #: Called with the inode of gathered bytes that could not be written, or of a change that failed halfway.
         self.on_dropped: Callable[[int], None] = lambda ino: None
         share = gather_bytes_max // len(self._links.daemons)
         self._budgets = {daemon_id: Budget(share) for daemon_id in self._links.daemons}
@@ -218,52 +271,100 @@ class Files:
         size: int | None = None,
         atime_ns: int = TIME_OMIT,
         mtime_ns: int = TIME_OMIT,
+        taken: int = 0,
+        who: Who | None = None,
     ) -> Attrs:
-        """Change attributes behind everything that was written before; return them all. ``size`` truncates."""
+        """Change attributes behind everything that was written before; return them all. ``size`` truncates.
+
+        ``taken`` are set-ID bits to take away; those that the change itself takes are found out if it is told ``who``
+        asks for it.
+        """
         if size is not None:
             _check_range(size, 0)
+        if who is not None and (size, uid, gid) != (None, None, None):
+            old = self.known.get(ino) or await self.getattr(ino)
+            if has_set_id(old.mode) and not old.is_dir:
+                caller = who()
+                taken |= caller.takes_by_write(old.gid) if size is not None else caller.takes_by_chown(old.gid)
         node = self._nodes.get(ino)
-        if node is None:
-            return self.known.see(
-                await self.namespace.setattr(
-                    ino, mode=mode, uid=uid, gid=gid, size=size, atime_ns=atime_ns, mtime_ns=mtime_ns
-                ),
-                own=True,
-            )
-        await _acquire(node.order)
+        if node is not None:
+            await _acquire(node.order)
         try:
-            await self._quiet(node)
+            if node is not None:
+                await self._quiet(node)
+            if size is not None and ino in self._opens:
+                await self._wait_fenced()
             attrs = await self.namespace.setattr(
-                ino, mode=mode, uid=uid, gid=gid, size=size, atime_ns=atime_ns, mtime_ns=mtime_ns
+                ino, mode=mode, uid=uid, gid=gid, size=size, atime_ns=atime_ns, mtime_ns=mtime_ns, taken=taken
             )
         finally:
-            node.order.release()
-        return self.known.see(attrs, own=True)
+            if node is not None:
+                node.order.release()
+        # A size alone may be what the file has already, set-ID bits may have gone: then it answers no change of ours.
+        changed = (mode, uid, gid) != (None, None, None) or (atime_ns, mtime_ns) != (TIME_OMIT, TIME_OMIT)
+        return self.known.see(attrs, own=changed)
+
+    async def _wait_fenced(self) -> None:
+        """Wait until nothing of what we gave up can land behind a truncation. DaemonUnreachable."""
+        with trio.move_on_after(self._links.op_timeout_s):
+            await self._links.wait_fenced()
+            return
+        raise DaemonUnreachable("a write that was given up may still take place")
+
+    async def setxattr(self, ino: int, name: bytes, value: bytes, flags: int = 0, who: Who | None = None) -> Attrs:
+        """Set an extended attribute, ``flags`` as in setxattr(2); an access ACL may take the set-group-ID bit away."""
+        taken = 0
+        if who is not None and name == acl.ACCESS:
+            old = self.known.get(ino) or await self.getattr(ino)
+            if has_set_id(old.mode):
+                taken = who().takes_by_acl(old.gid)
+        return self.known.see(await self.namespace.setxattr(ino, name, value, flags, taken), own=True)
 
     # ── handles ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def open(self, ino: int, flags: int, uid: int = 0) -> Handle:
-        """Open a regular file with ``flags`` of open(2), O_CREAT and O_EXCL left out. Stale: the inode has gone."""
+    async def open(self, ino: int, flags: int, who: Who | None = None) -> Handle:
+        """Open a regular file with ``flags`` of open(2), O_CREAT and O_EXCL left out. Stale: the inode has gone.
+
+        O_TRUNC takes set-ID bits away, by ``who`` it is.
+        """
         writer = flags & os.O_ACCMODE != os.O_RDONLY
-        attrs = await self.namespace.open(ino, writer)
+
+        def late(reply: AttrsReply | None) -> None:
+            if reply is not None:
+                self._unwanted(ino, writer)
+
+        attrs = await self.namespace.open(ino, writer, late)
         self._count_open(ino, writer)
         handle = self._add_handle(self.known.see(attrs), flags)
         if flags & os.O_TRUNC:  # also of a reader, as open(2) does on Linux
             try:
-                await self.setattr(
-                    ino, size=0, mode=_without_privileges(attrs.mode) if uid else None, mtime_ns=TIME_NOW
-                )
+                await self.setattr(ino, size=0, mtime_ns=TIME_NOW, who=who)
             except BaseException:
                 with trio.CancelScope(shield=True):
                     await self.release(handle)
                 raise
         return handle
 
-    async def create(self, parent: int, name: bytes, mode: int, uid: int, gid: int, flags: int) -> Handle:
-        """Make a regular file and open it. Exists: the name is taken, by whatever."""
+    async def create(
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, flags: int, umask: int = 0
+    ) -> Handle:
+        """Make a regular file and open it. Exists: the name is taken, by whatever. ``umask`` as of Namespace.make."""
         writer = flags & os.O_ACCMODE != os.O_RDONLY
+
+        def late(reply: EntryReply | None) -> None:
+            if reply is not None:
+                self._unwanted(reply.entry.ino, writer)
+
         attrs = await self.namespace.make(
-            parent, name, stat.S_IFREG | stat.S_IMODE(mode), uid, gid, reader=not writer, writer=writer
+            parent,
+            name,
+            stat.S_IFREG | stat.S_IMODE(mode),
+            uid,
+            gid,
+            reader=not writer,
+            writer=writer,
+            umask=umask,
+            late=late,
         )
         self._count_open(attrs.ino, writer)
         handle = self._add_handle(self.known.see(attrs), flags)
@@ -296,6 +397,7 @@ class Files:
             self._nursery,
             lambda error: self._drop(node, error),
         )
+        node.space = FileSpace(node.ino, node.chunk_size, store, node.writing)
         return node
 
     def _doubt(self, ino: int) -> None:
@@ -311,28 +413,81 @@ class Files:
             handle.error = error
         self.on_dropped(node.ino)
 
+    async def settle(self, handle: Handle) -> None:
+        """Bring everything accepted to the daemons, as far as that works: who fails learns it from flush and fsync."""
+        with suppress(FsError):
+            await self._quiet(handle.node)
+
     async def flush(self, handle: Handle) -> None:
         """Do what close(2) promises: everything accepted is with the daemons, or its error is raised."""
         await self._quiet(handle.node)
         handle.take_error()
 
     async def release(self, handle: Handle) -> None:
-        """Give a handle back. What cannot be flushed any more is dropped; nobody is there to be told."""
+        """Give a handle back, once. Whoever is cancelled, or meets an error, leaves it to go on by itself.
+
+        What cannot be flushed any more is dropped; nobody is there to be told.
+        """
+        if handle.released:
+            return
+        handle.released = True
         node = handle.node
         try:
             if handle.writes:
                 await self._quiet(node)
         except FsError:
             node.doubtful = True
+        except trio.Cancelled:
+            handle.released = False
+            self._links.start_soon(self._release_behind, handle)
+            raise
         node.handles.discard(handle)
         if not node.handles and self._nodes.get(node.ino) is node:
             del self._nodes[node.ino]
             self._dirty.pop(node, None)
-        doubtful = node.doubtful and handle.writes
+        ino, writer, doubtful = node.ino, handle.writes, node.doubtful and handle.writes
+
+        def late(reply: Done | None) -> None:
+            if reply is not None:
+                self._count_release(ino, writer)
+            else:
+                self._links.start_soon(self._give_back, ino, writer, doubtful)
+
+        if doubtful and not self._links.fenced:
+            self._links.start_soon(self._give_back, ino, writer, doubtful)
+            return
         try:
-            await self.namespace.release(node.ino, handle.writes, doubtful)
-        finally:
-            self._count_release(node.ino, handle.writes)
+            await self.namespace.release(ino, writer, doubtful, late)
+        except DaemonUnreachable:
+            raise  # ``late`` hears more
+        except FsError:
+            late(None)
+            raise
+        self._count_release(ino, writer)
+
+    async def _release_behind(self, handle: Handle) -> None:
+        with suppress(FsError):
+            await self.release(handle)
+
+    def _unwanted(self, ino: int, writer: bool) -> None:
+        """Take note of a handle that a daemon has registered for somebody who has gone."""
+        self._count_open(ino, writer)
+        self._links.start_soon(self._give_back, ino, writer, False)
+
+    async def _give_back(self, ino: int, writer: bool, doubtful: bool) -> None:
+        """Have the daemon take back a handle that it still counts, however long that takes.
+
+        While a write of ours that was given up may yet land, nothing behind the end of a doubtful file can be trimmed.
+        """
+        if doubtful:
+            await self._links.wait_fenced()
+
+        async def attempt() -> None:
+            with suppress(Stale):  # with the session, all its handles have gone
+                await self.namespace.release(ino, writer, doubtful, patient=True)
+
+        await persist(f"Release of inode {ino}", attempt)
+        self._count_release(ino, writer)
 
     def _count_open(self, ino: int, writer: bool) -> None:
         self._opens.setdefault(ino, [0, 0])[writer] += 1
@@ -343,8 +498,14 @@ class Files:
         if counts == [0, 0]:
             del self._opens[ino]
 
+    def is_open(self, ino: int) -> bool:
+        """Tell whether there are handles of a file here."""
+        return ino in self._nodes
+
     def opens(self) -> Sequence[OpenCount]:
         """List the handles that the daemons should know: for a daemon that was started anew."""
+        for node in self._nodes.values():
+            node.remember()
         self.known.clear()
         return [OpenCount(ino, readers, writers) for ino, (readers, writers) in self._opens.items()]
 
@@ -354,6 +515,20 @@ class Files:
             node = self._nodes.pop(ino, None)
             if node is not None:
                 node.lost = True
+
+    def power_lost(self, daemon_id: int) -> None:
+        """Take note that a daemon may have lost what was not synced: whoever could believe it to be synced is told.
+
+        That is every handle that writes to a file of which the daemon holds the inode, or chunks that were written.
+        """
+        error = StorageError(f"daemon {daemon_id} lost power, and with it what was not synced")
+        for node in self._nodes.values():
+            home = self._links.shard_map.of_ino(node.ino)
+            if home == daemon_id or daemon_id in node.writing.unsynced | node.being_synced:
+                for handle in node.handles:
+                    if handle.writes:
+                        handle.error = error
+        self.namespace.power_lost(daemon_id)
 
     # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -365,7 +540,7 @@ class Files:
         node = handle.node
         if not handle.reads:
             raise BadHandle("not open for reading")
-        self._check_alive(node)
+        self.check_open(handle)
         writing = node.writing
         if writing.pending:
             await writing.settle(offset, len(into))
@@ -395,33 +570,38 @@ class Files:
             await all_of(read_piece, pieces)
         return length
 
-    async def write(self, handle: Handle, offset: int, data: bytes | bytearray | memoryview) -> int:
+    async def write(
+        self, handle: Handle, offset: int, data: bytes | bytearray | memoryview, who: Who | None = None
+    ) -> int:
         """Write all of ``data`` at ``offset``, or at the end of a handle that appends; return its length.
 
         On return the bytes are accepted (gathered), or flushed if the handle or the mount does not gather. ``data``
-        belongs to the call until it returns.
+        belongs to the call until it returns. ``who`` writes, if that is to take set-ID bits away: before the bytes.
         """
         node = handle.node
-        if not handle.writes:
-            raise BadHandle("not open for writing")
-        self._check_alive(node)
-        if handle.error is not None:
-            raise handle.error
+        self._check_writable(handle)
         length = len(data)
         if length == 0:
             return 0
         if handle.append:
-            await self._append(handle, memoryview(data))
+            await self._append(handle, memoryview(data), who)
             return length
         _check_range(offset, length)
+        if who is not None:
+            await self.drop_privileges(handle, who)
         if not self._gather or handle.flags & os.O_DIRECT or length > RUN_MAX:
+            # Behind a truncation or a hole under way; those that come later wait for what is begun here.
+            await _acquire(node.order)
+            node.placed = True
+            node.order.release()
             try:
                 await node.writing.write(offset, memoryview(data))
-            except FsError:
+            except BaseException:  # cancelled, too
                 node.doubtful = True
                 raise
         else:
             await _acquire(node.order)
+            node.placed = True
             try:
                 await node.writing.accept(offset, data if isinstance(data, bytes) else bytes(data))
             finally:
@@ -429,59 +609,204 @@ class Files:
         self._note_dirty(node)
         return length
 
-    async def _append(self, handle: Handle, data: memoryview) -> None:
+    async def _append(self, handle: Handle, data: memoryview, who: Who | None) -> None:
         """Reserve a range at the end of the file, then write it. Bytes that could not be written read as zeros."""
         node = handle.node
         await _acquire(node.order)
         try:
-            if node.dirty and node.size > node.attrs.size:
+            if node.dirty and node.placed:
                 await self._flush(node)
-            request = Append(node.ino, len(data))
+            node.placed = False
+            taken = 0
+            if who is not None and has_set_id(node.attrs.mode):
+                taken = who().takes_by_write(node.attrs.gid)
+            request = Append(node.ino, len(data), taken)
             reply = await self.namespace.link_of(node.ino).call(request, AppendReply)
         finally:
             node.order.release()
         self.known.see(reply.attrs, own=True)
         try:
             await node.writing.write(reply.offset, data)
-        except FsError:
+        except BaseException:
             node.doubtful = True
             raise
         self._note_dirty(node)
 
-    async def drop_privileges(self, handle: Handle) -> None:
-        """Clear the set-ID bits as a write must, where the kernel does not.
+    async def drop_privileges(self, handle: Handle, who: Who | None = None) -> None:
+        """Take set-ID bits away, as what changes the data must where the kernel does not; without any, this is free.
 
-        Whose write it is, nobody tells us: root's, which keeps the bits on other file systems, takes them too.
+        ``who`` changes it; None stands for somebody of the group without CAP_FSETID.
         """
-        mode = handle.node.attrs.mode
-        if _without_privileges(mode) is not None:
-            await self.setattr(handle.ino, mode=_without_privileges(mode))
+        attrs = handle.node.attrs
+        if has_set_id(attrs.mode):
+            taken = SETID if who is None else who().takes_by_write(attrs.gid)
+            if without(attrs.mode, taken) != attrs.mode:
+                await self.setattr(handle.ino, taken=taken)
 
     async def fsync(self, handle: Handle) -> None:
-        """Bring everything written to the file here, and its attributes, to stable storage."""
+        """Bring everything written to the file here, and its attributes, to stable storage.
+
+        The chunks and the inode at the same time: what a power cut leaves of the one without the other was not synced.
+        """
         node = handle.node
-        self._check_alive(node)
-        await self._quiet(node)
+        self.check_open(handle)
+        await node.writing.settle_all()
         handle.take_error()
+
+        async def sync_inode() -> None:
+            await self._quiet(node)
+            await self.namespace.link_of(node.ino).call(SyncMeta(), Done)
+
+        async def sync_chunks() -> None:
+            async with node.syncing:
+                await self._sync_data(node, handle)
+
+        await all_of(lambda sync: sync(), (sync_chunks, sync_inode))
+        handle.take_error()  # power may have been lost meanwhile
+
+    async def _sync_data(self, node: _Node, handle: Handle) -> None:
         daemons = node.writing.unsynced
         if not node.synced_once:
             count = -(-node.size // node.chunk_size)
             daemons |= self._links.shard_map.of_chunks(node.ino, range(count), node.width)
-        node.writing.unsynced = set()
+        node.writing.unsynced, node.being_synced = set(), daemons
         try:
             await all_of(lambda daemon_id: self._sync_chunks(daemon_id, node.ino), daemons)
-        except BaseException:
+        except BaseException as error:
             node.writing.unsynced |= daemons
+            if isinstance(error, StorageError):  # a disk says once that it lost bytes, which may be anybody's
+                for other in node.handles - {handle}:
+                    other.error = error
             raise
+        finally:
+            node.being_synced = set()
         node.synced_once = True
-        await self.namespace.link_of(node.ino).call(SyncMeta(), Done)
 
     async def _sync_chunks(self, daemon_id: int, ino: int) -> None:
         await self._links.to(daemon_id).call(SyncChunks(ino), Done)
 
-    def _check_alive(self, node: _Node) -> None:
-        if node.lost:
-            raise Stale(f"inode {node.ino} was lost when its daemon was started anew")
+    # ── space ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def fallocate(self, handle: Handle, mode: int, offset: int, length: int) -> None:
+        """Reserve, free or zero a range, behind everything that was written before, as ``mode`` of fallocate(2) says.
+
+        When this raises NoSpace, a part of the range below the old size may be reserved, or zeroed.
+        """
+        node = handle.node
+        if offset < 0 or length <= 0:
+            raise InvalidArgument(f"fallocate of {length} bytes at {offset}")
+        if mode not in FALLOCATE_MODES:
+            raise NotSupported(f"fallocate with mode {mode:#x}")
+        self._check_writable(handle)
+        _check_range(offset, length)
+        await _acquire(node.order)
+        try:
+            if node.dirty:
+                await self._flush(node)
+            end = offset + length
+            if end > node.size:
+                self.known.see(await self.namespace.getattr(node.ino))
+            try:
+                if mode & FALLOC_FL_PUNCH_HOLE:
+                    # To the end of the last chunk: the file's last block is in the range, also if the size is not.
+                    await node.space.punch(offset, min(end, -(-node.size // node.chunk_size) * node.chunk_size))
+                    grown_to = 0
+                else:
+                    await self._check_space(node, length)
+                    await node.space.allocate(offset, length, node.size, zero=bool(mode & FALLOC_FL_ZERO_RANGE))
+                    grown_to = 0 if mode & FALLOC_FL_KEEP_SIZE else end
+            except BaseException as error:  # cancelled, too: what is under way may be done or not
+                node.doubtful = True
+                if isinstance(error, FsError):
+                    self.on_dropped(node.ino)
+                raise
+            finally:
+                self._note_dirty(node)
+            node.writing.publish_soon(grown_to)
+            await self._publish(node)
+        finally:
+            node.order.release()
+
+    async def _check_space(self, node: _Node, length: int) -> None:
+        """Refuse at once what the disks cannot hold, before any part of it is taken from everybody else. NoSpace."""
+        if length > ALLOCATE_UNSEEN_MAX:
+            space = await self.namespace.space()
+            if length - node.attrs.allocated > space.available:
+                raise NoSpace(f"{length} bytes to allocate, {space.available} available")
+
+    async def seek(self, handle: Handle, offset: int, whence: int) -> int:
+        """Return the first data or hole at or behind ``offset``, as os.SEEK_DATA or os.SEEK_HOLE asks. NoDevice."""
+        node = handle.node
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise InvalidArgument(f"seek with {whence}")
+        self.check_open(handle)
+        if node.dirty:
+            await self._flush(node)
+        size = self.known.see(await self.namespace.getattr(node.ino)).size
+        if not 0 <= offset < size:
+            raise NoDevice(f"offset {offset} in a file of {size} bytes")
+        if whence == os.SEEK_DATA:
+            return await node.space.data_from(offset, size)
+        return await node.space.hole_from(offset, size)
+
+    async def copy_range(self, source: Handle, offset: int, target: Handle, target_offset: int, length: int) -> int:
+        """Have the daemons copy bytes from one file to another, or within one; return how many, 0 at the source's end.
+
+        That may be fewer than asked for: COPY_MAX at most, and what was copied before something failed. Ranges of one
+        file that overlap are an InvalidArgument.
+        """
+        here, there = source.node, target.node
+        if not source.reads or target.append:
+            raise BadHandle("copying what cannot be read, or into what appends")
+        self.check_open(source)
+        self._check_writable(target)
+        if offset < 0 or target_offset < 0 or length < 0:
+            raise InvalidArgument(f"copying {length} bytes from {offset} to {target_offset}")
+        if here.dirty:
+            await self._flush(here)
+        await _acquire(there.order)
+        try:
+            if there.dirty:
+                await self._flush(there)
+            size = self.known.see(await self.namespace.getattr(here.ino)).size
+            length = min(length, size - offset, COPY_MAX)
+            if length <= 0:
+                return 0
+            _check_range(target_offset, length)
+            if here is there and abs(offset - target_offset) < length:
+                raise InvalidArgument("copying between ranges that overlap")
+            try:
+                copied = await there.space.copy_from(here.space, offset, target_offset, length)
+            except BaseException as error:
+                there.doubtful = True
+                if isinstance(error, FsError):
+                    self.on_dropped(there.ino)
+                raise
+            finally:
+                self._note_dirty(there)
+            if copied < length:
+                there.doubtful = True
+                self.on_dropped(there.ino)
+            there.writing.publish_soon(target_offset + copied)
+            await self._publish(there)
+        finally:
+            there.order.release()
+        self._touch_soon(source)
+        return copied
+
+    def _check_writable(self, handle: Handle) -> None:
+        if not handle.writes:
+            raise BadHandle("not open for writing")
+        self.check_open(handle)
+        if handle.error is not None:
+            raise handle.error
+
+    def check_open(self, handle: Handle) -> None:
+        """Refuse a handle that was given back (BadHandle), or lost with the memory of its daemon (Stale)."""
+        if handle.released:
+            raise BadHandle(f"a handle of inode {handle.ino} that was closed")
+        if handle.node.lost:
+            raise Stale(f"inode {handle.ino} was lost when its daemon was started anew")
 
     # ── flushing ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -499,7 +824,7 @@ class Files:
         """
         writing = node.writing
         await writing.settle_all()
-        if writing.unpublished:
+        if writing.unpublished or node.publishing.locked():
             await self._publish(node)
         if not node.dirty:
             self._dirty.pop(node, None)
@@ -510,18 +835,21 @@ class Files:
         try:
             if not writing.unpublished:
                 return
-            end, growth = writing.unpublished_end, writing.unpublished_growth
+            end, growth, reach = writing.unpublished_end, writing.unpublished_growth, writing.unpublished_reach
             writing.unpublished = False
             try:
-                request = CommitWrite(node.ino, end, growth)
+                request = CommitWrite(node.ino, end, growth, reach)
                 attrs = (await self.namespace.link_of(node.ino).call(request, AttrsReply)).attrs
             except BaseException:
                 writing.unpublished = True
+                node.doubtful = True  # it may have been applied, and its growth is counted again
                 raise
             self.known.see(attrs, own=True)
             writing.unpublished_growth -= growth
             if writing.unpublished_end == end:
                 writing.unpublished_end = 0
+            if writing.unpublished_reach == reach:
+                writing.unpublished_reach = 0
         finally:
             node.publishing.release()
 
@@ -602,7 +930,7 @@ class Files:
     async def _touch(self, node: _Node) -> None:
         assert node.touching is not None
         try:
-            self.known.see(await self.namespace.touch(node.ino), own=True)
+            self.known.see(await self.namespace.touch(node.ino))
         except FsError as error:
             log.info("inode %d: access time not set: %s", node.ino, error)
         finally:
@@ -613,7 +941,7 @@ class Files:
         """Set the access time of a directory or a symbolic link that was read, if relatime asks for it."""
         attrs = self.known.get(ino)
         if self._atime and attrs is not None and _touch_due(attrs):
-            self.known.see(await self.namespace.touch(ino), own=True)
+            self.known.see(await self.namespace.touch(ino))
 
 
 @asynccontextmanager
@@ -645,7 +973,9 @@ async def _acquire(lock: trio.Lock) -> None:
     try:
         lock.acquire_nowait()
     except trio.WouldBlock:
+        started_ns = recording.now()
         await lock.acquire()
+        recording.note(spans.ORDER, started_ns)
 
 
 def _check_range(offset: int, length: int) -> None:
@@ -653,14 +983,6 @@ def _check_range(offset: int, length: int) -> None:
         raise InvalidArgument(f"offset {offset}")
     if offset + length > FILE_SIZE_MAX:
         raise FileTooLarge(f"{offset} + {length}")
-
-
-def _without_privileges(mode: int) -> int | None:
-    """Return a mode without the bits that a write takes away (chown(2), inode(7)); None if there are none."""
-    taken = mode & stat.S_ISUID
-    if mode & stat.S_IXGRP:
-        taken |= mode & stat.S_ISGID
-    return stat.S_IMODE(mode & ~taken) if taken else None
 
 
 def _touch_due(attrs: Attrs) -> bool:

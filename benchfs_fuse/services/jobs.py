@@ -61,7 +61,7 @@ class Jobs:
             await self._idle.wait()
 
 
-async def persist(what: str, attempt: Callable[[], Awaitable[None]]) -> None:
+async def persist(what: str, attempt: Callable[[], Awaitable[object]]) -> None:
     """Call ``attempt`` until it does not fail any more; every failure is logged as ``what``."""
     while True:
         try:

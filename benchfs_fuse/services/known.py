@@ -7,22 +7,24 @@ The *epoch* of an inode changes whenever its version moved otherwise than by one
 the same, what a kernel cached of the file's data is still right.
 """
 
+import math
+import time
 from itertools import count
 
+from ..limits import KNOWN_MAX
 from ..model import Attrs
-
-#: Inodes remembered: attributes of about 500 bytes each, 16 MB in all. Forgetting one costs a cache, nothing else.
-KNOWN_MAX = 32_768
 
 
 class _Fact:
     """Hold what is known of one inode."""
 
-    __slots__ = ("attrs", "epoch")
+    __slots__ = ("attrs", "epoch", "seen_s")
 
     def __init__(self, attrs: Attrs, epoch: int) -> None:
         self.attrs = attrs
         self.epoch = epoch
+        #: When a daemon said so last (monotonic); long ago if the inode is being changed.
+        self.seen_s = 0.0
 
 
 class Known:
@@ -49,8 +51,22 @@ class Known:
             fact.attrs = attrs
         elif attrs.version == fact.attrs.version and attrs.atime_ns > fact.attrs.atime_ns:
             fact.attrs = attrs  # a read sets the access time and leaves the version
+        if attrs.version >= fact.attrs.version:
+            fact.seen_s = time.monotonic()
         self._facts[attrs.ino] = fact
         return fact.attrs
+
+    def age_s(self, ino: int) -> float:
+        """Return how long ago a daemon said what is known of an inode; infinity if that is nothing, or in doubt."""
+        fact = self._facts.get(ino)
+        return time.monotonic() - fact.seen_s if fact is not None and fact.seen_s else math.inf
+
+    def change(self, ino: int, attrs: Attrs | None) -> None:
+        """Take note of a change of our own, and of what a daemon says the inode is like behind it; None: in doubt."""
+        if attrs is not None:
+            self.see(attrs, own=True)
+        elif (fact := self._facts.get(ino)) is not None:
+            fact.seen_s = 0.0
 
     def get(self, ino: int) -> Attrs | None:
         """Return the newest attributes seen of an inode, None if they are not remembered."""

@@ -4,7 +4,7 @@ A lock is named by the key in the store that it protects:
 
     D directory, name   exclusive: the entry is about to change (PutEntry, DropEntry)
     I ino               shared: the directory must stay (PutEntry, DropEntry in it); exclusive: the inode itself is
-                        about to change its links or go (DropDir, AddLink, DropLink, Moved)
+                        about to change its links, to go or to be made (DropDir, AddLink, DropLink, Moved, NewInode)
     P ino               exclusive: the file is being truncated; nobody else may publish data or open it for writing
 
 Only transactions over several daemons and truncations hold locks, because only they wait between looking and changing.

@@ -29,7 +29,7 @@ import trio
 from ..errors import FsError
 from ..layout import ShardMap
 from ..model import ClientId
-from ..ports import KeyValueStore
+from ..ports import ChunkInspector, ChunkStore, KeyValueStore
 from ..rpc.messages import (
     Append,
     Body,
@@ -38,6 +38,7 @@ from ..rpc.messages import (
     Finish,
     GetAttr,
     GetXattr,
+    InDoubt,
     Link,
     ListXattr,
     Lookup,
@@ -52,6 +53,7 @@ from ..rpc.messages import (
     Rename,
     Request,
     Rmdir,
+    Secure,
     SetAttr,
     SetXattr,
     SyncMeta,
@@ -61,10 +63,12 @@ from ..rpc.messages import (
 from .attributes import Attributes
 from .calls import Call, Opens, Peers
 from .inodes import Inodes
+from .inspection import Inspection
 from .jobs import Jobs, persist
 from .locks import Blocked, Locks
 from .names import Names
 from .reaper import Reaper
+from .recounting import Recounting
 from .transactions import Transactions
 from .truncations import Truncations
 from .xattrs import Xattrs
@@ -106,6 +110,18 @@ def _patient(now: Now, else_: Later | None = None) -> _Operation:
     return _Operation(now, serve)
 
 
+def _synced(now: Now, store: KeyValueStore) -> _Operation:
+    """Let a request be answered when what it has written is on stable storage."""
+    patient = _patient(now)
+
+    async def serve(request: Request, call: Call) -> Body:
+        reply = await patient.later(request, call)
+        await store.sync()
+        return reply
+
+    return _Operation(lambda request, call: None, serve)
+
+
 class MetadataService:
     """Serve names and attributes out of one store, whose ``incarnation`` ``open_store`` returned.
 
@@ -127,6 +143,7 @@ class MetadataService:
     ) -> None:
         self._store = store
         self._opens = opens
+        self._peers = peers
         self._jobs = Jobs()
         self._locks = Locks()
         self._inodes = inodes = Inodes(store, daemon_id, shard_map, clock)
@@ -138,6 +155,28 @@ class MetadataService:
         self._names = Names(inodes, self._locks, opens, peers, self._transactions, incarnation)
         self._attributes = Attributes(inodes, self._locks, opens, self._truncations.doubt, self._closed)
         self._operations = self._table()
+        #: Set when what nobody may reclaim any more has been looked at.
+        self._reviewed = trio.Event()
+
+    def inspection(self, chunks: ChunkStore, inspector: ChunkInspector) -> Inspection:
+        """Return what shows others this daemon's records and chunks."""
+        return Inspection(
+            self._inodes,
+            self._locks,
+            self._opens,
+            self._peers,
+            self._reaper,
+            self._truncations,
+            self._reviewed,
+            chunks,
+            inspector,
+        )
+
+    def recounting(self, inspector: ChunkInspector) -> Recounting:
+        """Return what makes good what a power cut took."""
+        return Recounting(
+            self._inodes, self._peers, self._jobs, self._truncations, self._reaper, self._reviewed, inspector
+        )
 
     def _table(self) -> dict[type[Request], _Operation]:
         names, attributes, xattrs, transactions = (
@@ -167,8 +206,10 @@ class MetadataService:
             SetXattr: _patient(xattrs.set),
             RemoveXattr: _patient(xattrs.remove),
             SyncMeta: _Operation(lambda request, call: None, self._sync),
-            Prepare: _patient(transactions.prepare),
+            Prepare: _synced(transactions.prepare, self._store),
             Finish: _patient(transactions.finish),
+            Secure: _synced(transactions.secure, self._store),
+            InDoubt: _patient(transactions.in_doubt),
         }
 
     def handlers_now(self) -> Mapping[type[Request], Now]:
@@ -200,7 +241,11 @@ class MetadataService:
     # ── start, sessions, rest ────────────────────────────────────────────────────────────────────────────────────────
 
     def recover(self) -> None:
-        """Take up what earlier incarnations left: locks first, so that requests can be served when this returns."""
+        """Take up what earlier incarnations left: locks first, so that requests can be served when this returns.
+
+        The store is to be synced before they are: nobody may get the number of this start, or of its inodes, again.
+        """
+        self._inodes.begin()
         self._transactions.recover()
         self._truncations.recover()
         self._reaper.recover()
@@ -211,12 +256,17 @@ class MetadataService:
         async def review() -> None:
             await self._reaper.review()
             self._truncations.review()
+            self._reviewed.set()
 
         self._jobs.start(persist, "the review of open files", review)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Do what goes on behind replies, until cancelled."""
         await self._jobs.run(task_status=task_status)
+
+    async def wait_told(self) -> None:
+        """Wait until what earlier incarnations decided about names has been done by every daemon."""
+        await self._transactions.wait_told()
 
     async def wait_idle(self) -> None:
         """Wait until nothing goes on behind replies."""

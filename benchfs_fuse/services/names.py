@@ -17,10 +17,11 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 import trio
 
-from .. import disk
+from .. import acl, disk
 from ..errors import (
     Busy,
     Conflict,
+    DaemonUnreachable,
     Exists,
     InvalidArgument,
     IsADirectory,
@@ -47,6 +48,7 @@ from ..rpc.messages import (
     EntryReply,
     GetAttr,
     Link,
+    LinkReply,
     Lookup,
     Make,
     Moved,
@@ -69,6 +71,8 @@ from .transactions import AttrsOf, Plan, Transactions
 
 #: Times that an operation is planned anew because another client was faster, before it gives up with Busy.
 CONFLICTS_MAX = 100
+#: Of so many directories that are made deep in the tree, one goes to another shard than its parent's.
+SPREAD_EVERY = 16
 #: What a row of a listing takes beside its name at most: MessagePack of 4 fields and of 16 attributes, 9 bytes each.
 ROW_SIZE_MAX = 192
 
@@ -127,8 +131,10 @@ class Names:
         self._is_root = inodes.home(ROOT_INO) == inodes.daemon_id
         #: Held by the rename of a directory into another one.
         self._moves = trio.Lock()
-        #: Where the next directory goes: round the shards, from another place after every start of every daemon.
+        #: Where the next directory that is spread goes: round the shards, from another place after every start.
         self._next_shard = mix64(inodes.daemon_id << 32 | incarnation) % SHARDS
+        #: Directories in a row that went to their parent's shard.
+        self._beside = 0
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -201,17 +207,29 @@ class Names:
                 return await self._execute(plan, request, call)
             except _OneAtATime:
                 assert alone is not None
+                # Who waits for a dead daemon gives up in time: the others want to move too.
                 async with self._moves:
                     await self._transactions.wait_settled()
-                    return await self._execute(alone, request, call)
+                    return await self._execute(alone, request, call, self._transactions.prepare_timeout_s)
 
         return serve
 
-    async def _execute(self, plan: Callable[[Draft, Any], Planning], request: Request, call: Call) -> Body:
+    async def _execute(
+        self,
+        plan: Callable[[Draft, Any], Planning],
+        request: Request,
+        call: Call,
+        planning_timeout_s: float = float("inf"),
+    ) -> Body:
+        """Plan and do, again and again if need be. DaemonUnreachable: one plan took longer than is allowed."""
         conflicts = 0
+        released: trio.Event | None = None
         while True:
             try:
-                made = await self._ask(plan(self._inodes.draft(), request))
+                with trio.fail_after(planning_timeout_s):
+                    if released is not None:
+                        await released.wait()
+                    made = await self._ask(plan(self._inodes.draft(), request))
                 try:
                     return await self._transactions.execute(made, call)
                 except (Conflict, Exists):
@@ -219,7 +237,9 @@ class Names:
                     if conflicts == CONFLICTS_MAX:
                         raise Busy(f"{request} met others {conflicts} times") from None
             except Blocked as blocked:
-                await blocked.released.wait()
+                released = blocked.released
+            except trio.TooSlowError:
+                raise DaemonUnreachable(f"no plan for {request} in {planning_timeout_s} s") from None
 
     async def _ask(self, planning: Planning) -> Plan:
         """Run a planning to its end; the answers and errors of other daemons are sent into it."""
@@ -274,7 +294,7 @@ class Names:
     # Plannings.
 
     def make(self, draft: Draft, request: Make) -> Planning:
-        """Plan a new inode under a name. A directory goes to another shard, anything else to its parent's."""
+        """Plan a new inode under a name, on its parent's shard or, for some directories, on another."""
         check_name(request.name)
         _check_make(request)
         if (yield from self._entry(draft, request.parent, request.name)) is not None:
@@ -282,15 +302,19 @@ class Names:
         directory = self._directory(draft, request.parent)
         kind = stat.S_IFMT(request.mode) or stat.S_IFREG
         mode = kind | stat.S_IMODE(request.mode)
+        default_acl = b""
+        if kind != stat.S_IFLNK:
+            if directory.xattr_size:
+                default_acl = draft.get(disk.key_name(disk.XATTR, request.parent, acl.DEFAULT)) or b""
+            if not default_acl:
+                mode &= ~request.umask
         gid = request.gid
         if directory.mode & stat.S_ISGID:
             gid = directory.gid
             if kind == stat.S_IFDIR:
                 mode |= stat.S_ISGID
-        shard = shard_of(request.parent)
-        if kind == stat.S_IFDIR:
-            shard = self._next_shard
-        ino = self._inodes.allocate(shard)
+        spread = kind == stat.S_IFDIR and self._spreads(directory)
+        ino = self._inodes.allocate(self._next_shard if spread else shard_of(request.parent))
         new = Attrs(
             ino=ino,
             generation=GENERATION,
@@ -311,18 +335,30 @@ class Names:
         )
 
         def also(draft: Draft, call: Call) -> None:
-            if kind == stat.S_IFDIR:
+            if spread:
                 self._next_shard = (self._next_shard + 1) % SHARDS
+                self._beside = 0
+            elif kind == stat.S_IFDIR:
+                self._beside += 1
             if request.target:
                 draft.put(disk.key(disk.TARGET, ino), request.target)
             if request.open_readers or request.open_writers:
                 self._opens.add(draft, call.client_id, ino, request.open_readers, request.open_writers)
 
         return Plan(
-            [PutEntry(request.parent, request.name, ino, kind, 0), NewInode(new)],
-            lambda attrs_of: EntryReply(Entry(ino, kind, attrs_of(ino))),
+            [PutEntry(request.parent, request.name, ino, kind, 0), NewInode(new, default_acl)],
+            lambda attrs_of: EntryReply(Entry(ino, kind, attrs_of(ino)), attrs_of(request.parent)),
             also,
         )
+
+    def _spreads(self, parent: Inode) -> bool:
+        """Tell whether the next directory in ``parent`` goes round the shards.
+
+        All do in the root and in what lies there, so that people and projects share the daemons out. Further down most
+        stay with their parent, where making and removing them concerns one daemon (Lustre's MDTs share directories out
+        likewise: ``lfs setdirstripe``'s max-inherit-rr); every SPREAD_EVERYth goes on, for trees that begin deep.
+        """
+        return ROOT_INO in (parent.ino, parent.parent) or self._beside >= SPREAD_EVERY - 1
 
     def unlink(self, draft: Draft, request: Unlink) -> Planning:
         """Plan the removal of a name that is not a directory's."""
@@ -347,7 +383,7 @@ class Names:
     def _removal(self, request: Unlink | Rmdir, ino: int, step: Step) -> Plan:
         return Plan(
             [DropEntry(request.parent, request.name, ino), step],
-            lambda attrs_of: RemoveReply(ino, attrs_of(ino)),
+            lambda attrs_of: RemoveReply(ino, attrs_of(ino), attrs_of(request.parent)),
         )
 
     def link(self, draft: Draft, request: Link) -> Planning:
@@ -366,7 +402,8 @@ class Names:
 
         def reply(attrs_of: AttrsOf) -> Body:
             # What a retry is told of an inode elsewhere is as old as what was looked up, but for the new name.
-            return AttrsReply(attrs_of(request.ino) or msgspec.structs.replace(attrs, nlink=attrs.nlink + 1))
+            now = attrs_of(request.ino) or msgspec.structs.replace(attrs, nlink=attrs.nlink + 1)
+            return LinkReply(now, attrs_of(request.parent))
 
         kind = stat.S_IFMT(attrs.mode)
         return Plan([PutEntry(request.parent, request.name, request.ino, kind, 0), AddLink(request.ino)], reply)
@@ -426,7 +463,13 @@ class Names:
                 raise IsADirectory(f"{new_name!r} in directory {new_parent}")
             steps.append(DropEntry(old_parent, old_name, old.ino))
             steps.append(DropDir(new.ino) if new.is_dir else DropLink(new.ino))
-        return Plan(steps, lambda _: RenameReply(old.ino, 0 if new is None else new.ino))
+        other = 0 if new is None else new.ino
+
+        def reply(attrs_of: AttrsOf) -> Body:
+            parents = (attrs_of(parent) for parent in dict.fromkeys((old_parent, new_parent)))
+            return RenameReply(old.ino, other, tuple(attrs for attrs in parents if attrs is not None))
+
+        return Plan(steps, reply)
 
     def _check_alone(self, alone: bool) -> None:
         """Leave the plan to the root's daemon, and there to one at a time: a directory changes its parent."""
@@ -447,8 +490,8 @@ class Names:
 def _check_make(request: Make) -> None:
     """Refuse combinations that make no sense."""
     kind = stat.S_IFMT(request.mode)
-    if kind and kind not in _KINDS:
-        raise InvalidArgument(f"mode {request.mode:o}")
+    if (kind and kind not in _KINDS) or request.umask & ~0o777:
+        raise InvalidArgument(f"mode {request.mode:o} under umask {request.umask:o}")
     if (request.open_readers or request.open_writers) and kind not in (0, stat.S_IFREG):
         raise InvalidArgument("only a regular file can be opened as it is made")
     if kind != stat.S_IFLNK:

@@ -5,16 +5,16 @@ the other for the inode, another client may have removed or replaced it. Then th
 was there: the name is looked up again, at once.
 """
 
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import trio
 
-from ..errors import InvalidArgument, NameTooLong, NotFound, Stale, WrongCoordinator
+from ..errors import DaemonUnreachable, InvalidArgument, NameTooLong, NotFound, Stale, StorageError, WrongCoordinator
 from ..limits import NAME_MAX, READDIR_ENTRIES_MAX
 from ..model import ROOT_INO, Attrs, DirEntry, DiskUsage, Entry
-from ..rpc.client import Link, Links
+from ..rpc.client import Late, Link, Links
 from ..rpc.messages import (
     TIME_OMIT,
     AttrsReply,
@@ -22,6 +22,7 @@ from ..rpc.messages import (
     EntryReply,
     GetAttr,
     GetXattr,
+    LinkReply,
     ListXattr,
     Lookup,
     Make,
@@ -55,6 +56,8 @@ from .parallel import each
 LOOKUPS_MAX = 100
 #: GetAttr requests under way for one page of a listing: a few round trips per page, and places left for others.
 LISTING_REQUESTS_MAX = 32
+#: Seconds that a daemon has to say how much space it has, before its last words stand for it: `df` is for people.
+SPACE_TIMEOUT_S = 2.0
 
 
 class Page(NamedTuple):
@@ -82,11 +85,17 @@ class Namespace:
     """Send operations on names and attributes to the daemons that hold them.
 
     Every method raises what the daemon answered (FsError), DaemonUnreachable at the deadline of the links, and may have
-    been applied if it is cancelled.
+    been applied if it is cancelled. ``late`` and ``patient`` are those of ``Link.call``.
     """
 
     def __init__(self, links: Links) -> None:
         self.links = links
+        #: Told of directories that are being changed for this client, and what they are like then, as far as is known.
+        self.on_changed: Callable[[int, Attrs | None], None] = lambda ino, attrs: None
+        #: Daemons that lost power since the last ``sync_names``.
+        self._power_lost: set[int] = set()
+        #: What each daemon last said of its space.
+        self._usage: dict[int, tuple[DiskUsage, ...]] = {}
 
     def link_of(self, ino: int) -> Link:
         """Return the way to the daemon that holds an inode. Stale for numbers that no inode can have."""
@@ -109,9 +118,10 @@ class Namespace:
         size: int | None = None,
         atime_ns: int = TIME_OMIT,
         mtime_ns: int = TIME_OMIT,
+        taken: int = 0,
     ) -> Attrs:
         """Change attributes, return them all; see SetAttr."""
-        request = SetAttr(ino, mode, uid, gid, size, atime_ns, mtime_ns)
+        request = SetAttr(ino, mode, uid, gid, size, atime_ns, mtime_ns, taken)
         return (await self.link_of(ino).call(request, AttrsReply)).attrs
 
     async def lookup(self, parent: int, name: bytes) -> Attrs:
@@ -144,12 +154,19 @@ class Namespace:
         target: bytes = b"",
         reader: bool = False,
         writer: bool = False,
+        umask: int = 0,
+        late: Late[EntryReply] | None = None,
     ) -> Attrs:
-        """Make an inode under a name, see Make; ``reader`` or ``writer`` registers a handle on it. Exists."""
+        """Make an inode under a name, see Make; ``reader`` or ``writer`` registers a handle on it. Exists.
+
+        ``umask`` 0: ``mode`` holds what it left already.
+        """
         _check_name(name)
-        request = Make(parent, name, mode, uid, gid, rdev, target, int(reader), int(writer))
-        entry = (await self.link_of(parent).call(request, EntryReply)).entry
-        attrs = await self._attrs_of(entry)
+        request = Make(parent, name, mode, uid, gid, rdev, target, int(reader), int(writer), umask)
+        with self._changing(parent) as told:
+            reply = await self.link_of(parent).call(request, EntryReply, late=late)
+            told.append(reply.parent)
+        attrs = await self._attrs_of(reply.entry)
         if attrs is None:
             raise NotFound(f"{name!r} was removed as soon as it was made")
         return attrs
@@ -157,17 +174,39 @@ class Namespace:
     async def unlink(self, parent: int, name: bytes) -> RemoveReply:
         """Remove a name that is not a directory's; tell whose."""
         _check_name(name)
-        return await self.link_of(parent).call(Unlink(parent, name), RemoveReply)
+        with self._changing(parent) as told:
+            reply = await self.link_of(parent).call(Unlink(parent, name), RemoveReply)
+            told.append(reply.parent)
+        return reply
 
     async def rmdir(self, parent: int, name: bytes) -> RemoveReply:
         """Remove an empty directory; tell which."""
         _check_name(name)
-        return await self.link_of(parent).call(Rmdir(parent, name), RemoveReply)
+        with self._changing(parent) as told:
+            reply = await self.link_of(parent).call(Rmdir(parent, name), RemoveReply)
+            told.append(reply.parent)
+        return reply
+
+    @contextmanager
+    def _changing(self, *parents: int) -> Iterator[list[Attrs | None]]:
+        """Tell what becomes of directories that are changed; the block appends what the daemon says of them."""
+        told: list[Attrs | None] = []
+        try:
+            yield told
+        finally:
+            for parent in parents:
+                self.on_changed(parent, None)
+            for attrs in told:
+                if attrs is not None:
+                    self.on_changed(attrs.ino, attrs)
 
     async def link(self, ino: int, parent: int, name: bytes) -> Attrs:
         """Give an inode another name."""
         _check_name(name)
-        return (await self.link_of(parent).call(LinkRequest(ino, parent, name), AttrsReply)).attrs
+        with self._changing(parent) as told:
+            reply = await self.link_of(parent).call(LinkRequest(ino, parent, name), LinkReply)
+            told.append(reply.parent)
+        return reply.attrs
 
     async def rename(
         self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int
@@ -176,10 +215,13 @@ class Namespace:
         _check_name(old_name)
         _check_name(new_name)
         request = Rename(old_parent, old_name, new_parent, new_name, flags)
-        try:
-            return await self.link_of(old_parent).call(request, RenameReply)
-        except WrongCoordinator:
-            return await self.link_of(ROOT_INO).call(request, RenameReply)
+        with self._changing(old_parent, new_parent) as told:
+            try:
+                reply = await self.link_of(old_parent).call(request, RenameReply)
+            except WrongCoordinator:
+                reply = await self.link_of(ROOT_INO).call(request, RenameReply)
+            told += reply.parents
+        return reply
 
     async def readdir(self, ino: int, cookie: int = 0, count: int = READDIR_ENTRIES_MAX) -> Page:
         """List up to ``count`` entries behind position ``cookie``, all with attributes.
@@ -220,13 +262,16 @@ class Namespace:
         """Return where a symbolic link points."""
         return (await self.link_of(ino).call(ReadLink(ino), TargetReply)).target
 
-    async def open(self, ino: int, writer: bool) -> Attrs:
+    async def open(self, ino: int, writer: bool, late: Late[AttrsReply] | None = None) -> Attrs:
         """Register a handle; return fresh attributes. Stale when the inode has gone."""
-        return (await self.link_of(ino).call(Open(ino, writer), AttrsReply)).attrs
+        return (await self.link_of(ino).call(Open(ino, writer), AttrsReply, late=late)).attrs
 
-    async def release(self, ino: int, writer: bool, doubtful: bool = False) -> None:
+    async def release(
+        self, ino: int, writer: bool, doubtful: bool = False, late: Late[Done] | None = None, *, patient: bool = False
+    ) -> None:
         """Take a handle back; ``doubtful``: writes failed, what lies behind the size is to be trimmed."""
-        await self.link_of(ino).call(Release(ino, int(not writer), int(writer), doubtful), Done)
+        request = Release(ino, int(not writer), int(writer), doubtful)
+        await self.link_of(ino).call(request, Done, late=late, patient=patient)
 
     async def touch(self, ino: int) -> Attrs:
         """Note that the file was read, as relatime asks for."""
@@ -240,9 +285,9 @@ class Namespace:
         """List the names of extended attributes."""
         return (await self.link_of(ino).call(ListXattr(ino), NamesReply)).names
 
-    async def setxattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> Attrs:
-        """Set an extended attribute; ``flags`` as in setxattr(2)."""
-        return (await self.link_of(ino).call(SetXattr(ino, name, value, flags), AttrsReply)).attrs
+    async def setxattr(self, ino: int, name: bytes, value: bytes, flags: int = 0, taken: int = 0) -> Attrs:
+        """Set an extended attribute; ``flags`` as in setxattr(2), see SetXattr."""
+        return (await self.link_of(ino).call(SetXattr(ino, name, value, flags, taken), AttrsReply)).attrs
 
     async def removexattr(self, ino: int, name: bytes) -> Attrs:
         """Remove an extended attribute. NoAttribute."""
@@ -258,16 +303,36 @@ class Namespace:
             await self.links.to(daemon_id).call(SyncMeta(), Done)
 
         await each(one, self.links.daemons)
+        lost, self._power_lost = self._power_lost, set()
+        if lost:
+            raise StorageError(f"daemons {sorted(lost)} lost power, and with it names that were not synced")
+
+    def power_lost(self, daemon_id: int) -> None:
+        """Take note that a daemon may have lost names that were not synced: the next ``sync_names`` says so."""
+        self._power_lost.add(daemon_id)
 
     async def space(self) -> Space:
-        """Sum up the space of the cluster; a file system that carries several daemons counts once."""
-        found: dict[str, DiskUsage] = {}
+        """Sum up the space of the cluster; a file system that carries several daemons counts once.
+
+        For a daemon that is missing or silent its last words count; one that has never said anything counts for
+        nothing. DaemonUnreachable when nothing is known of any.
+        """
+        told: set[int] = set()
 
         async def one(daemon_id: int) -> None:
-            for usage in (await self.links.to(daemon_id).call(Usage(), UsageReply)).usage:
-                found[usage.filesystem] = usage
+            link = self.links.to(daemon_id)
+            if daemon_id in self._usage and not link.connected:
+                return
+            with trio.move_on_after(SPACE_TIMEOUT_S), suppress(DaemonUnreachable, StorageError):
+                self._usage[daemon_id] = (await link.call(Usage(), UsageReply)).usage
+                told.add(daemon_id)
 
         await each(one, self.links.daemons)
+        if not self._usage:
+            raise DaemonUnreachable(f"none of {len(self.links.daemons)} daemons says how much space it has")
+        found: dict[str, DiskUsage] = {}
+        for daemon_id in sorted(self._usage, key=told.__contains__):  # what was said just now goes last, and stays
+            found.update((usage.filesystem, usage) for usage in self._usage[daemon_id])
         usages = found.values()
         return Space(
             sum(usage.total for usage in usages),

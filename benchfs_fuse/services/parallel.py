@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from itertools import islice
 from typing import TypeVar
 
 import trio
@@ -55,6 +56,29 @@ async def all_of(function: Callable[[T], Awaitable[None]], items: Iterable[T]) -
             nursery.start_soon(one, item)
     if first is not None:
         raise first
+
+
+async def some_at_once(function: Callable[[T], Awaitable[None]], items: Iterable[T], tasks_max: int) -> None:
+    """Call ``function`` with every item, in their order, ``tasks_max`` at once.
+
+    After an error no more are begun; when those under way have ended, the first one is raised.
+    """
+    todo = iter(items)
+    errors: list[Exception] = []
+
+    async def some(item: T | None) -> None:
+        while item is not None and not errors:
+            try:
+                await function(item)
+            except Exception as error:  # noqa: BLE001  raised below, when the others have ended
+                errors.append(error)
+            item = next(todo, None)
+
+    async with trio.open_nursery() as nursery:
+        for item in islice(todo, tasks_max):
+            nursery.start_soon(some, item)
+    if errors:
+        raise errors[0]
 
 
 @asynccontextmanager

@@ -17,7 +17,7 @@ import msgspec
 import trio
 
 from .. import disk
-from ..limits import READDIR_ENTRIES_MAX
+from ..limits import CHUNK_SIZE_MIN, READDIR_ENTRIES_MAX
 from ..rpc.messages import DropChunks, DropChunksReply
 from .calls import Batch, Opens, Peers
 from .inodes import Draft, Inode, Inodes
@@ -34,7 +34,7 @@ _ORPHAN = b""
 
 
 class Remains(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """Hold what is known of a dead file: its layout, its size, and whether chunks may lie ``anywhere`` behind it."""
+    """Hold what is known of a dead file: its layout, where its space ends, and whether some lies ``anywhere``."""
 
     chunk_size: int
     width: int
@@ -80,6 +80,17 @@ class Reaper:
         draft.after_write.append(partial(self._count, orphans=-1))
         draft.write()
 
+    def adopt(self, ino: int) -> bool:
+        """Have chunks dropped, wherever they are, whose inode is not there; tell whether nobody had begun with it."""
+        key = disk.key(disk.DEAD, ino)
+        if self._store.get(key) is not None:
+            return False
+        batch = Batch(self._store)
+        batch.put(key, _encode(Remains(CHUNK_SIZE_MIN, 1, 0, True)))
+        batch.after_write.append(partial(self._count, dead=1))
+        batch.write()
+        return True
+
     def _bury(self, draft: Draft, inode: Inode) -> None:
         ino = inode.ino
         draft.remove(inode)
@@ -90,8 +101,8 @@ class Reaper:
         if not (inode.is_file or inode.is_dir):
             draft.delete(disk.key(disk.TARGET, ino))
         anywhere = self._truncations.bury(draft, ino)
-        if inode.is_file and (inode.size or anywhere):
-            remains = Remains(inode.chunk_size, inode.width, inode.size, anywhere)
+        if inode.is_file and (inode.end or anywhere):
+            remains = Remains(inode.chunk_size, inode.width, inode.end, anywhere)
             draft.put(disk.key(disk.DEAD, ino), _encode(remains))
             draft.after_write.append(partial(self._count, dead=1))
         else:
@@ -160,7 +171,11 @@ class Reaper:
         self._jobs.start(self._drop, page)
 
     async def _drop(self, page: dict[int, Remains]) -> None:
-        """Drop the chunks of these files on every daemon that may have some, then forget the files."""
+        """Drop the chunks of these files on every daemon that may have some, then forget the files.
+
+        First the store is synced: no power cut brings a name back whose chunks have gone elsewhere. They are not
+        forgotten before the others have synced, too: no power cut brings chunks back that nobody drops.
+        """
         homes: dict[int, list[int]] = {}
         for ino, remains in page.items():
             for daemon in self._daemons_of(ino, remains):
@@ -168,10 +183,13 @@ class Reaper:
 
         async def one(daemon: int) -> None:
             async def attempt() -> None:
-                await self._peers.call(daemon, DropChunks(tuple(homes[daemon])), DropChunksReply)
+                elsewhere = daemon != self._inodes.daemon_id
+                await self._peers.call(daemon, DropChunks(tuple(homes[daemon]), elsewhere), DropChunksReply)
 
             await persist(f"DropChunks of {len(homes[daemon])} files at daemon {daemon}", attempt)
 
+        if homes.keys() - {self._inodes.daemon_id}:
+            await persist("sync of the records of dead files", self._store.sync)
         await each(one, homes)
 
         async def forget() -> None:

@@ -15,8 +15,8 @@ trimmed to their published size: nothing that it still had under way can land be
 expelled is remembered for ever (F records), what it had open for writing until that is dealt with (W records), so that
 a crash in between is made good after the next start.
 
-After a start, the sessions of the last incarnation have a lease's time to come back and reclaim their handles (the
-grace). Until all have done so, or have been ended, no inode counts as unused.
+After a start, the sessions of the last incarnation have a lease's time to come back and reclaim their handles and
+locks (the grace). Until all have done so, or have been ended, no inode counts as unused, and nobody gets a new lock.
 
 Daemons are clients of each other too. Their sessions hold nothing and are not stored: they last as long as the channel.
 """
@@ -24,14 +24,15 @@ Daemons are clients of each other too. Their sessions hold nothing and are not s
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import msgspec
 import trio
 
 from .. import disk
-from ..errors import FsError, NotPermitted, Stale, TooManyOpen
-from ..limits import OPENS_MAX
+from ..errors import Disconnected, NotPermitted, Stale, TooManyOpen
+from ..limits import OPENS_MAX, SESSIONS_MAX
 from ..model import ClientId
 from ..ports import Channel, Ending, KeyValueStore, Peer
 from ..rpc.messages import (
@@ -39,10 +40,12 @@ from ..rpc.messages import (
     Done,
     EntryReply,
     Expel,
+    Forget,
     Goodbye,
     Heartbeat,
     Hello,
     HelloReply,
+    LockGranted,
     Make,
     Open,
     OpenCount,
@@ -51,14 +54,17 @@ from ..rpc.messages import (
     Release,
     Request,
     SessionStatus,
+    encode,
 )
 from .calls import Batch, Call, Peers
+from .jobs import persist
+from .lockserver import Known, LockServer
 from .parallel import each
 
 log = logging.getLogger(__name__)
 
-#: Sessions of mounts and tools at one daemon: more than the processes of the largest job that shares one cluster.
-SESSIONS_MAX = 4096
+#: What clients are.
+KINDS = ("mount", "daemon", "tool")
 #: Seconds that a client of another host has to come back after its connection was ended over there. Longer than the
 #: longest pause of a client that lives (PAUSE_MAX_S of rpc/client.py).
 RETURN_S = 5.0
@@ -107,6 +113,8 @@ class Session:
         self.left_s = float("inf")
         #: False while handles of the last incarnation of this daemon may come back.
         self.reclaimed = reclaimed
+        #: Inodes that were named by Reclaim over the newest channel.
+        self.named: set[int] = set()
         #: ino → [readers, writers]
         self.opens: dict[int, list[int]] = {}
         #: Newest sequence number seen in this incarnation, by slot.
@@ -139,11 +147,12 @@ class SessionTable:
         map_version: int,
         boot_id: str,
         open_process: Callable[[int], Process | None],
+        losses: int = 0,
     ) -> None:
         self._store = store
         self._daemon_id = daemon_id
         self._others = [other for other in sorted(set(daemons)) if other != daemon_id]
-        self._hello_reply = HelloReply(incarnation, lease_s, map_version)
+        self._hello_reply = HelloReply(incarnation, lease_s, map_version, losses)
         self._lease_s = lease_s
         self._boot_id = boot_id
         self._open_process = open_process
@@ -154,6 +163,7 @@ class SessionTable:
         self._counts: Counter[int] = Counter()
         self._unreclaimed: set[ClientId] = set()
         self._grace_over = trio.Event()
+        self.locks = LockServer(incarnation, Known(self._has_open, self._same_host), self._tell_granted)
         self._nursery: trio.Nursery | None = None
         self._peers: Peers | None = None
         self._session_ended: SessionEnded | None = None
@@ -200,6 +210,7 @@ class SessionTable:
     def _check_grace(self) -> None:
         if not self._unreclaimed:
             self._grace_over.set()
+            self.locks.grace_over()
 
     async def _watch(self, session: Session) -> None:
         """Watch over one session until it ends, then deal with its end."""
@@ -210,11 +221,7 @@ class SessionTable:
             nursery.cancel_scope.cancel()
         if session.process is not None:
             session.process.close()
-        try:
-            await self._end(session)
-        except FsError:
-            # What is stored brings it about after the next start; until then the client stays fenced.
-            log.exception("the end of client %x could not be dealt with", session.client_id)
+        await persist(f"the end of client {session.client_id:x}", lambda: self._end(session))
 
     async def _watch_process(self, session: Session, process: Process) -> None:
         await process.wait_gone()
@@ -262,7 +269,7 @@ class SessionTable:
         session.over.set()
 
     async def _end(self, session: Session) -> None:
-        """Deal with the end of a session; done again from the start if the daemon stops meanwhile."""
+        """Deal with the end of a session; done again from the start if it fails or the daemon stops meanwhile."""
         assert self._peers is not None and self._session_ended is not None
         peers, client_id = self._peers, session.client_id
         written = {
@@ -285,6 +292,7 @@ class SessionTable:
                 await each(expel, self._others)
         opens = [OpenCount(ino, readers, writers) for ino, (readers, writers) in session.opens.items()]
         opens += [OpenCount(ino, 0, 1) for ino in written if ino not in session.opens]
+        self.locks.ended(client_id)
         self._unreclaimed.discard(client_id)
         self._check_grace()
         await self._session_ended(client_id, opens, session.clean)
@@ -317,7 +325,7 @@ class SessionTable:
         Returns when nothing that came over an older channel is being served any more. Stale, TooManyOpen.
         """
         peer = channel.peer
-        if (request.kind == "daemon") != (peer.daemon_id >= 0):
+        if request.kind not in KINDS or (request.kind == "daemon") != (peer.daemon_id >= 0):
             raise NotPermitted(f"{peer.host} is not what it says: {request.kind}, daemon {peer.daemon_id}")
         if peer.daemon_id >= 0:
             session = self._daemons.get(peer.daemon_id)
@@ -326,6 +334,8 @@ class SessionTable:
                 session = self._daemons[peer.daemon_id]
         else:
             session = self._begin(peer, request)
+            if not request.resume:  # a client that lives must find its session after a power cut here
+                await self._store.sync()
         # Another Hello of this client may attach its channel meanwhile: look again each time.
         while session.channel is not None and session.channel is not channel:
             old = session.channel
@@ -335,12 +345,14 @@ class SessionTable:
                 session.channel = None
         if session.over.is_set():
             raise Stale("the session has ended")
-        session.channel = channel
+        session.named = set()
         session.heard_s = trio.current_time()
         session.left_s = float("inf")
-        self._by_channel[channel] = session
-        assert self._nursery is not None
-        self._nursery.start_soon(self._watch_channel, session, channel)
+        if session.channel is not channel:
+            session.channel = channel
+            self._by_channel[channel] = session
+            assert self._nursery is not None
+            self._nursery.start_soon(self._watch_channel, session, channel)
         return self._hello_reply
 
     def _begin(self, peer: Peer, request: Hello) -> Session:
@@ -380,36 +392,48 @@ class SessionTable:
 
     def handlers(self) -> dict[type[Request], Callable[[Request, Call], Awaitable[Body]]]:
         """Return what serves the requests about sessions; Hello is served by ``hello``."""
-        return {Expel: self._expel}
+        return {Expel: self._expel, **self.locks.handlers()}
 
     def handlers_now(self) -> dict[type[Request], Callable[[Request, Call], Body | None]]:
         """Return what serves requests without awaiting."""
-        return {Reclaim: self._reclaim, Heartbeat: self._heartbeat, Goodbye: self._goodbye}
+        return {
+            Reclaim: self._reclaim,
+            Heartbeat: self._done,
+            Forget: self._done,
+            Goodbye: self._goodbye,
+            **self.locks.handlers_now(),
+        }
 
-    def _heartbeat(self, request: Request, call: Call) -> Body:
+    def _done(self, request: Request, call: Call) -> Body:
         return Done()
 
     def _reclaim(self, request: Request, call: Call) -> Body:
-        """Count handles again; said twice, it counts once."""
+        """Count handles again; said twice, it counts once; over another channel, what was said before is void."""
         assert isinstance(request, Reclaim)
         session = self._sessions.get(call.client_id)
         if session is None:
             raise NotPermitted("daemons have nothing open")
         lost = []
         batch = Batch(self._store)
+        if len(session.opens.keys() | {count.ino for count in request.opens}) > OPENS_MAX:
+            raise TooManyOpen(f"{OPENS_MAX} files are open")
         for count in request.opens:
             if self._store.get(disk.key(disk.INODE, count.ino)) is None:
                 lost.append(count.ino)
                 continue
             self._set(session, count.ino, count.readers, count.writers)
+            session.named.add(count.ino)
             if count.writers:
                 batch.put(disk.key2(disk.WRITE_OPEN, session.client_id, count.ino), b"")
         if request.last:
+            for ino in session.opens.keys() - session.named:
+                self._set(session, ino, 0, 0)
             start = disk.key(disk.WRITE_OPEN, session.client_id)
             for key, _ in self._store.scan(start, disk.after(start)):
                 if disk.numbers(key)[1] not in session.opens:
                     batch.delete(key)
         batch.write()
+        self.locks.claim(session.client_id, request.locks, again=session.reclaimed)
         if request.last:
             self._reclaimed(session)
         return ReclaimReply(tuple(lost))
@@ -430,6 +454,7 @@ class SessionTable:
         assert isinstance(request, Expel)
         client_id = ClientId(request.client_id)
         self._store.write([(disk.key(disk.FENCED, client_id), b"")])
+        await self._store.sync()
         session = self._sessions.get(client_id)
         if session is not None:
             self._finish(session, clean=False, why="it has ended at another daemon")
@@ -481,6 +506,11 @@ class SessionTable:
         """Return how many handles all sessions hold on ``ino``; while sessions may still reclaim, at least 1."""
         return self._counts[ino] or int(self.grace)
 
+    def written_by_others(self, ino: int, client_id: ClientId | None) -> bool:
+        """Tell whether a session other than this client's has ``ino`` open for writing, or may yet reclaim that."""
+        others = (session for other, session in self._sessions.items() if other != client_id)
+        return any(not session.reclaimed or session.opens.get(ino, (0, 0))[1] for session in others)
+
     def _change(self, session: Session, ino: int, readers: int, writers: int) -> None:
         known = session.opens.get(ino, (0, 0))
         self._set(session, ino, max(0, known[0] + readers), max(0, known[1] + writers))
@@ -490,8 +520,26 @@ class SessionTable:
         self._counts[ino] += readers + writers - sum(session.opens.pop(ino, (0, 0)))
         if readers or writers:
             session.opens[ino] = [readers, writers]
+        else:
+            self.locks.closed(session.client_id, ino)
         if not self._counts[ino]:
             del self._counts[ino]
+
+    # ── locks ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _has_open(self, client_id: ClientId, ino: int) -> bool:
+        session = self._sessions.get(client_id)
+        return session is not None and ino in session.opens
+
+    def _same_host(self, one: ClientId, other: ClientId) -> bool:
+        return one == other or self._sessions[one].record.boot_id == self._sessions[other].record.boot_id
+
+    def _tell_granted(self, client_id: ClientId, ticket: int, version: int) -> None:
+        """Send LockGranted, if there is a connection; over the next one, the client asks."""
+        session = self._sessions.get(client_id)
+        if session is not None and session.channel is not None:
+            assert self._nursery is not None
+            self._nursery.start_soon(_tell, session.channel, LockGranted(ticket, version))
 
     # ── people ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -512,6 +560,12 @@ class SessionTable:
         )
 
 
+async def _tell(channel: Channel, request: LockGranted) -> None:
+    with suppress(Disconnected):
+        await channel.call(request.op, encode(request))
+
+
 def describe(record: SessionRecord) -> str:
-    """Name a client in sentences."""
-    return f"{record.kind} {record.label} on {record.host}, pid {record.pid}"
+    """Name a client in sentences. What it says it is may be anything, and is to be one line in a log."""
+    label = "".join(character if character.isprintable() else "?" for character in record.label)
+    return f"{record.kind} {label} on {record.host}, pid {record.pid}"

@@ -15,6 +15,7 @@ from .. import disk
 from ..errors import Conflict, Exists, NotADirectory, NotEmpty, NotFound, NotPermitted, TooManyLinks
 from ..limits import LINK_MAX
 from ..rpc.messages import AddLink, DropDir, DropEntry, DropLink, Moved, NewInode, PutEntry, Step
+from .attributes import inherit
 from .inodes import ENTRY_SIZE, Draft, Inode, Row
 
 
@@ -32,8 +33,8 @@ def wanted(steps: Iterable[Step]) -> dict[bytes, bool]:
         if isinstance(step, PutEntry | DropEntry):
             keys[disk.key_name(disk.ENTRY, step.parent, step.name)] = True
             keys.setdefault(disk.key(disk.INODE, step.parent), False)
-        elif not isinstance(step, NewInode):
-            keys[disk.key(disk.INODE, step.ino)] = True
+        else:
+            keys[disk.key(disk.INODE, place(step))] = True
     return keys
 
 
@@ -95,9 +96,11 @@ def apply(draft: Draft, step: Step, unlinked: Callable[[Draft, Inode], None]) ->
         case DropEntry(parent=parent, name=name):
             _drop_entry(draft, parent, name)
             return 0
-        case NewInode(attrs=attrs):
+        case NewInode(attrs=attrs, default_acl=default_acl):
             inode = Inode.of(attrs)
             inode.atime_ns = inode.mtime_ns = inode.ctime_ns = draft.now_ns
+            if default_acl:
+                inherit(draft, inode, default_acl)
             draft.add(inode)
             return inode.ino
         case AddLink(ino=ino):

@@ -3,12 +3,14 @@
 On one daemon the steps are checked and applied without an await in between, in one batch. Over several:
 
 1. Every daemon concerned is prepared, in ascending order of their numbers, this one in its turn: locks taken (waited
-   for by event), steps checked, and at the others written to the store under T. The order is the same everywhere, so
-   two transactions cannot wait for each other.
+   for by event), steps checked, and at the others written to the store under T and synced. The order is the same
+   everywhere, so two transactions cannot wait for each other.
 2. One batch here is the commit point: our own steps applied, the decision under T with the daemons to be told, and the
-   client's recorded outcome.
+   client's recorded outcome. It is synced.
 3. The others are told, all at once, for as long as it takes, and apply what they prepared. When all have answered the
-   client is answered, so that its next operation sees the result everywhere, and the decision record goes.
+   client is answered, so that its next operation sees the result everywhere.
+4. Behind the reply the others sync what they applied (Secure, for all decisions told meanwhile at once); then the
+   decision record goes.
 
 Before the decision an error, the deadline or a cancellation aborts: nothing has happened, the others are told behind
 the reply. After it a cancellation changes nothing.
@@ -22,12 +24,25 @@ What a crash leaves, and who ends it:
     participant, prepared           its record                  its next start: takes the locks before it serves; the
                                                                 coordinator's Finish is sent until it is answered
 
-RPCs between daemons per transaction: 2 for each participant besides the coordinator (Prepare, Finish); at each start
-of a daemon 1 to every other daemon. An operation on one daemon needs none.
+A power cut takes back what a store was not asked to sync, on each daemon from another moment on. So nobody applies
+anything before all have prepared, and the coordinator has decided, on stable storage, and the decision stays until all
+have applied it there. What is left to be taken back:
+
+    Finish, commit                  the steps are prepared again: Secure finishes them, sent until it is answered
+    Finish, abort                   likewise: the participant asks at its start (InDoubt) and is told
+    the coordinator's forgetting    it tells everybody again, who knows nothing of it any more
+
+These two syncs are all that an operation over several daemons pays; one on a single daemon pays none.
+
+RPCs between daemons per transaction: 2 for each participant besides the coordinator (Prepare, Finish), and behind the
+reply 1 for all that were told meanwhile (Secure); at each start of a daemon 1 to every other daemon. An operation on
+one daemon needs none.
 """
 
+import itertools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -35,8 +50,20 @@ import trio
 
 from .. import disk
 from ..errors import Conflict, DaemonUnreachable, FsError, ProtocolError
+from ..limits import REFUSED_MAX
 from ..model import Attrs
-from ..rpc.messages import Body, Done, Finish, FinishReply, Prepare, Step, TxId
+from ..rpc.messages import (
+    Body,
+    Done,
+    Finish,
+    FinishReply,
+    InDoubt,
+    InDoubtReply,
+    Prepare,
+    Secure,
+    Step,
+    TxId,
+)
 from .calls import Call, Peers
 from .inodes import Draft, Inode, Inodes
 from .jobs import Jobs, persist
@@ -44,8 +71,8 @@ from .locks import Locks
 from .parallel import each
 from .steps import apply, check, place, wanted
 
-#: Transactions whose abort came before their Prepare that are remembered: the two travel together, so a handful.
-REFUSED_MAX = 1024
+#: Transactions in one Secure or InDoubt: some 10 KiB.
+PAGE_MAX = 512
 
 _KEY = struct.Struct(">HQQ")
 _encode = msgspec.msgpack.Encoder().encode
@@ -96,15 +123,21 @@ class Transactions:
         self._jobs = jobs
         self._incarnation = incarnation
         self._unlinked = unlinked
-        self._prepare_timeout_s = prepare_timeout_s
+        self.prepare_timeout_s = prepare_timeout_s
         self._counter = 0
-        #: Ours and decided by earlier incarnations, with the daemons that are still to be told.
-        self._inherited: dict[bytes, tuple[TxId, set[int]]] = {}
+        #: Ours and decided by earlier incarnations, with the daemons to be told, and those that are still to be told.
+        self._inherited: dict[bytes, tuple[TxId, Sequence[int], set[int]]] = {}
         #: Others', prepared here.
         self._prepared: dict[bytes, tuple[Step, ...]] = {}
         #: Others', aborted before their Prepare came; oldest first.
         self._refused: dict[bytes, None] = {}
         self._inherited_told = trio.Event()
+        #: Ours that are under way and not yet decided.
+        self._undecided: set[bytes] = set()
+        #: Ours that were told and are not known to be on stable storage everywhere, by daemon; and the daemons that
+        #: each decision waits for.
+        self._to_secure: dict[int, dict[bytes, TxId]] = {}
+        self._unsecured: dict[bytes, set[int]] = {}
         #: Decisions that are being told and whose clients have gone away.
         self._abandoned: set[_Telling] = set()
 
@@ -154,11 +187,13 @@ class Transactions:
             return reply
         self._counter += 1
         txid = TxId(here, self._incarnation, self._counter)
+        key = _key(txid)
+        self._undecided.add(key)
         own = homes.get(here, [])
         locked: dict[bytes, bool] = {}
         asked: list[int] = []
         try:
-            with trio.fail_after(self._prepare_timeout_s):
+            with trio.fail_after(self.prepare_timeout_s):
                 for daemon in sorted(homes):
                     if daemon == here:
                         await self._locks.acquire(keys := wanted(own))
@@ -172,15 +207,16 @@ class Transactions:
             draft = self._inodes.draft()
             for step in own:
                 apply(draft, step, self._unlinked)
-            draft.put(_key(txid), _encode(asked))
+            draft.put(key, _encode(asked))
             reply = self._commit(plan, draft, call)
         except BaseException as error:
             if asked:
                 self._jobs.start(self._tell, txid, asked, False, _Telling())
             if isinstance(error, trio.TooSlowError):
-                raise DaemonUnreachable(f"daemons {asked} were not prepared in {self._prepare_timeout_s} s") from None
+                raise DaemonUnreachable(f"daemons {asked} were not prepared in {self.prepare_timeout_s} s") from None
             raise
         finally:
+            self._undecided.discard(key)
             self._locks.release(locked)
         telling = _Telling()
         self._jobs.start(self._tell, txid, asked, True, telling)
@@ -191,9 +227,13 @@ class Transactions:
             raise
         return plan.reply(lambda ino: telling.attrs.get(ino) or self._attrs_here(ino)) if telling.attrs else reply
 
+    async def wait_told(self) -> None:
+        """Wait until everybody knows what earlier incarnations decided."""
+        await self._inherited_told.wait()
+
     async def wait_settled(self) -> None:
         """Wait until everybody knows our earlier decisions, but for those whose clients wait for that themselves."""
-        await self._inherited_told.wait()
+        await self.wait_told()
         for telling in tuple(self._abandoned):
             await telling.told.wait()
 
@@ -210,7 +250,9 @@ class Transactions:
             raise
 
     async def _tell(self, txid: TxId, daemons: Sequence[int], commit: bool, telling: _Telling) -> None:
-        """Tell the end of a transaction to everybody, then forget the decision."""
+        """Tell the end of a transaction to everybody, a decision when it is on stable storage."""
+        if commit:
+            await persist(f"sync of the decision on {txid}", self._store.sync)
 
         async def one(daemon: int) -> None:
             telling.attrs.update((attrs.ino, attrs) for attrs in await self._finish_at(daemon, txid, commit))
@@ -219,7 +261,7 @@ class Transactions:
         telling.told.set()
         self._abandoned.discard(telling)
         if commit:
-            await self._forget(_key(txid))
+            self._told(txid, daemons)
 
     async def _finish_at(self, daemon: int, txid: TxId, commit: bool) -> Sequence[Attrs]:
         attrs: Sequence[Attrs] = ()
@@ -231,11 +273,35 @@ class Transactions:
         await persist(f"Finish of {txid} at daemon {daemon}", attempt)
         return attrs
 
-    async def _forget(self, key: bytes) -> None:
-        async def attempt() -> None:
-            self._store.write([], [key])
+    def _told(self, txid: TxId, daemons: Sequence[int]) -> None:
+        """See to it that a decision is forgotten when those who were told have it on stable storage."""
+        key = _key(txid)
+        self._unsecured[key] = set(daemons)
+        for daemon in daemons:
+            waiting = self._to_secure.setdefault(daemon, {})
+            if not waiting:
+                self._jobs.start(self._secure_at, daemon)
+            waiting[key] = txid
 
-        await persist("removal of a decision record", attempt)
+    async def _secure_at(self, daemon: int) -> None:
+        """Have one daemon sync what it was told, until it has been told nothing more meanwhile."""
+        waiting = self._to_secure[daemon]
+        while waiting:
+            page = dict(itertools.islice(waiting.items(), PAGE_MAX))
+            what = f"Secure of {len(page)} transactions at daemon {daemon}"
+            await persist(what, partial(self._peers.call, daemon, Secure(tuple(page.values())), Done))
+            for key in page:
+                self._unsecured[key].discard(daemon)
+            await persist("removal of decision records", partial(self._forget, page))
+            for key in page:
+                del waiting[key]
+
+    async def _forget(self, page: Iterable[bytes]) -> None:
+        """Forget the decisions that nobody can lose any more."""
+        keys = [key for key in page if not self._unsecured.get(key, True)]
+        self._store.write([], keys)
+        for key in keys:
+            del self._unsecured[key]
 
     # ── participant ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -291,6 +357,20 @@ class Transactions:
         call.commit(draft, reply)
         return reply
 
+    def secure(self, request: Secure, call: Call) -> Body:
+        """Finish what a power cut has taken back; the store is to be synced before this is answered."""
+        for txid in request.txids:
+            self.finish(Finish(txid, True), call)
+        return Done()
+
+    def in_doubt(self, request: InDoubt, call: Call) -> Body:
+        """Tell which of our transactions are aborted: those that were not decided and are not under way."""
+        del call
+        return InDoubtReply(tuple(txid for txid in request.txids if not self._is_known(_key(txid))))
+
+    def _is_known(self, key: bytes) -> bool:
+        return key in self._undecided or self._store.get(key) is not None
+
     def _end(self, draft: Draft, key: bytes) -> None:
         """Forget a prepared transaction with the draft, and unlock when it is written."""
 
@@ -309,30 +389,49 @@ class Transactions:
 
     def recover(self) -> None:
         """Take the locks of prepared transactions again; begin to tell the ends of our own. Once."""
+        doubtful: dict[int, list[TxId]] = {}
         for key, value in self._store.scan(disk.TRANSACTION, disk.after(disk.TRANSACTION)):
             txid = TxId(*_KEY.unpack_from(key, 1))
             if txid.daemon == self._inodes.daemon_id:
-                self._inherited[key] = (txid, set(_decode_daemons(value)))
+                daemons = _decode_daemons(value)
+                self._inherited[key] = (txid, daemons, set(daemons))
             else:
                 self._hold(key, _decode_steps(value))
+                doubtful.setdefault(txid.daemon, []).append(txid)
         if not self._inherited:
             self._inherited_told.set()
         for daemon in self._inodes.daemons:
             if daemon != self._inodes.daemon_id:
-                self._jobs.start(self._resume, daemon)
+                self._jobs.start(self._resume, daemon, doubtful.get(daemon, []))
 
-    async def _resume(self, daemon: int) -> None:
-        """Tell another daemon what earlier incarnations decided, and that everything else of them is aborted."""
-        for key, (txid, waiting) in list(self._inherited.items()):
+    async def _resume(self, daemon: int, doubtful: list[TxId]) -> None:
+        """Tell another daemon what earlier incarnations decided, that everything else of them is aborted; and ask it.
+
+        ``doubtful``: its transactions that are prepared here.
+        """
+        for key, (txid, daemons, waiting) in list(self._inherited.items()):
             if daemon in waiting:
                 await self._finish_at(daemon, txid, True)
                 waiting.discard(daemon)
                 if not waiting:
-                    await self._forget(key)
+                    self._told(txid, daemons)
                     del self._inherited[key]
         if not self._inherited:
             self._inherited_told.set()
         await self._finish_at(daemon, TxId(self._inodes.daemon_id, self._incarnation, 0), False)
+        while page := doubtful[:PAGE_MAX]:
+            del doubtful[:PAGE_MAX]
+            await persist(f"InDoubt to daemon {daemon}", partial(self._ask, daemon, page))
+
+    async def _ask(self, daemon: int, txids: Sequence[TxId]) -> None:
+        """Ask a coordinator about what it has prepared here; forget what it has aborted."""
+        reply = await self._peers.call(daemon, InDoubt(tuple(txids)), InDoubtReply)
+        draft = self._inodes.draft()
+        for txid in reply.aborted:
+            key = _key(txid)
+            if key in self._prepared:
+                self._end(draft, key)
+        draft.write()
 
 
 def _key(txid: TxId) -> bytes:

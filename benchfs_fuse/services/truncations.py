@@ -6,12 +6,18 @@ drops the P record and records the client's outcome. After a crash the record is
 is served, and the truncation finished.
 
 *Doubtful* is a file to which a client wrote that died, or that says its writes failed: data that was never published
-may lie behind the size, on any daemon, and must never appear. When nobody has the file open any more it is *settled*:
-truncated to the size it has, on all daemons, its allocated bytes counted anew. (While others have it open, that would
-destroy what they have written and not yet published.) A P record remembers the doubt.
+may lie behind the size, on any daemon, and must never appear. So is a file that was cut while other clients had it
+open for writing: what they publish then may count blocks that the cut took away. When nobody has the file open any more
+it is *settled*: truncated to the size it has, on all daemons, its allocated bytes counted anew; what was allocated
+behind the size on purpose goes, too. (While others have it open, that would destroy what they have written and not yet
+published.) A P record remembers the doubt.
 
     P value  offset 0, 1: 1 if the file is doubtful, else 0
              offset 1: the SetAttr request as a message if it is being truncated
+
+What other daemons have cut is on stable storage before the record goes: else a power cut there would bring old bytes
+back into a file that has grown again. A power cut here may take the whole truncation back, and the bytes are gone all
+the same: what was cut off and not synced is then zeros.
 
 All daemons that hold chunks of the file are asked, not only those behind the cut: what they have left is the file's
 allocated space, however often they were asked.
@@ -19,14 +25,16 @@ allocated space, however often they were asked.
 RPCs of a truncation: one TrimChunks to each daemon that holds chunks of the file; of settling, to every daemon.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 
+import msgspec
 import trio
 
 from .. import disk
 from ..errors import FsError, Stale
 from ..rpc.messages import AttrsReply, Body, SetAttr, TrimChunks, TrimChunksReply, decode, encode
-from .attributes import change
+from .attributes import change, cuts
 from .calls import Call, Opens, Peers
 from .inodes import Draft, Inode, Inodes
 from .jobs import Jobs, persist
@@ -76,7 +84,7 @@ class Truncations:
             draft = self._inodes.draft()
             inode = draft.inode(request.ino)
             assert request.size is not None
-            if request.size >= inode.size:  # somebody was faster
+            if not cuts(inode, request.size):  # somebody was faster
                 change(draft, inode, request)
                 reply = AttrsReply(inode.attrs())
                 call.commit(draft, reply)
@@ -106,7 +114,7 @@ class Truncations:
         inode = self._inodes.find(ino)
         left = 0
         if inode is not None:
-            chunks = range(-(-inode.size // inode.chunk_size))
+            chunks = range(-(-inode.end // inode.chunk_size))
             daemons = self._inodes.shard_map.of_chunks(ino, chunks, inode.width)
             replies = await self._trim(
                 TrimChunks(ino, *divmod(size, inode.chunk_size)),
@@ -117,6 +125,7 @@ class Truncations:
 
         def finish(draft: Draft, inode: Inode) -> None:
             inode.allocated = left
+            inode.reach = 0
             change(draft, inode, request)
 
         await self._end(ino, finish, waiter)
@@ -125,9 +134,12 @@ class Truncations:
         replies = []
 
         async def one(daemon: int) -> None:
+            # What this daemon trims itself is in the log of its store before what it writes of the inode next.
+            asked = msgspec.structs.replace(request, durable=daemon != self._inodes.daemon_id)
+
             async def attempt() -> None:
                 try:
-                    replies.append(await self._peers.call(daemon, request, TrimChunksReply))
+                    replies.append(await self._peers.call(daemon, asked, TrimChunksReply))
                 except FsError as error:
                     if waiter is not None:
                         waiter.answer(None, error)
@@ -139,13 +151,23 @@ class Truncations:
         return replies
 
     async def _end(self, ino: int, finish: Callable[[Draft, Inode], None], waiter: _Waiter | None) -> None:
-        """Write the end of a truncation, as the client's outcome if it still waits, and unlock."""
+        """Write the end of a truncation, as the client's outcome if it still waits, and unlock.
+
+        Other clients that have the file open for writing may have lost blocks that they are going to count: it is
+        doubtful until they have closed it.
+        """
+        call = waiter.call if waiter is not None else None
+        client_id = call.client_id if call is not None else None
 
         async def attempt() -> None:
             draft = self._inodes.draft()
             inode = draft.find(ino)
-            draft.delete(disk.key(disk.TRUNCATING, ino))
-            draft.after_write.append(lambda: self.doubtful.discard(ino))
+            if inode is not None and self._opens.written_by_others(ino, client_id):
+                draft.put(disk.key(disk.TRUNCATING, ino), _DOUBTFUL)
+                draft.after_write.append(lambda: self.doubtful.add(ino))
+            else:
+                draft.delete(disk.key(disk.TRUNCATING, ino))
+                draft.after_write.append(lambda: self.doubtful.discard(ino))
             if inode is None:
                 draft.write()
                 if waiter is not None:
@@ -165,6 +187,8 @@ class Truncations:
 
         await persist(f"end of the truncation of inode {ino}", attempt)
         self._locks.release({disk.key(disk.TRUNCATING, ino): True})
+        if ino in self.doubtful and not self._opens.count(ino):
+            self.settle(ino)  # the last one has closed it meanwhile
 
     def doubt(self, draft: Draft, ino: int) -> None:
         """Note with the draft that a file is doubtful. Blocked while it is being truncated."""
@@ -192,11 +216,42 @@ class Truncations:
             left = sum(reply.left for reply in await self._trim(request, self._inodes.daemons, None))
 
         def finish(draft: Draft, inode: Inode) -> None:
-            if inode.allocated != left:
-                inode.allocated = left
+            if inode.allocated != left or inode.reach:
+                inode.allocated, inode.reach = left, 0
                 draft.stamp(inode)
 
         await self._end(ino, finish, None)
+
+    @asynccontextmanager
+    async def held_still(self, ino: int) -> AsyncIterator[bool]:
+        """Let nobody publish to a file, cut it or open it for writing for a while.
+
+        Yield whether all of it is published: nobody has it open for writing, and it is not doubtful.
+        """
+        wanted = {disk.key(disk.TRUNCATING, ino): True}
+        await self._locks.acquire(wanted)
+        try:
+            yield not self._opens.written_by_others(ino, None) and ino not in self.doubtful
+        finally:
+            self._locks.release(wanted)
+            if ino in self.doubtful and not self._opens.count(ino):
+                self.settle(ino)  # the last one has closed it meanwhile
+
+    async def settle_now(self, ino: int) -> None:
+        """Settle a file that nobody has open as if it were doubtful, and wait for the end of that."""
+        wanted = {disk.key(disk.TRUNCATING, ino): True}
+        while True:
+            try:
+                draft = self._inodes.draft()
+                self.doubt(draft, ino)
+                draft.write()
+                break
+            except Blocked as blocked:
+                await blocked.released.wait()
+        if not self._opens.count(ino):
+            self.settle(ino)
+            await self._locks.acquire(wanted)
+            self._locks.release(wanted)
 
     def bury(self, draft: Draft, ino: int) -> bool:
         """Forget with the draft about an inode that is dead; tell whether its chunks may lie anywhere."""

@@ -21,6 +21,7 @@ from ..errors import FsError
 from ..layout import ShardMap, extents
 from ..limits import IN_FLIGHT_MAX, MIB
 from ..model import ChunkId
+from ..observe import recording, spans
 from ..ports import ChunkStore
 from .parallel import all_of
 
@@ -46,6 +47,11 @@ class Budget:
         #: Files whose growing run counts against this budget.
         self.growing: set[WriteBehind] = set()
 
+    @property
+    def short(self) -> bool:
+        """Tell whether anybody waits for room: then nobody may hold some for a run that grows."""
+        return bool(self._waiting)
+
     def _fits(self, length: int) -> bool:
         return self.used == 0 or self.used + length <= self._bytes_max
 
@@ -56,6 +62,7 @@ class Budget:
             return
         for holder in list(self.growing):
             holder.seal()
+        started_ns = recording.now()
         waiter = _Waiter(length, trio.Event())
         self._waiting.append(waiter)
         try:
@@ -66,6 +73,7 @@ class Budget:
             else:
                 self._waiting.remove(waiter)
             raise
+        recording.note(spans.ROOM, started_ns)
 
     def release(self, length: int) -> None:
         """Give room back."""
@@ -144,9 +152,11 @@ class WriteBehind:
         self._growing: Run | None = None
         #: Sealed runs, oldest first.
         self._sealed: dict[Run, None] = {}
-        #: What the inode's daemon is still to be told: end of the bytes written, growth of the allocated space.
+        #: What the inode's daemon is still to be told: end of the bytes written, end of what was allocated without
+        #: being written, growth of the allocated space.
         self.unpublished = False
         self.unpublished_end = 0
+        self.unpublished_reach = 0
         self.unpublished_growth = 0
         #: Daemons that were written to since ``unsynced`` was emptied.
         self.unsynced: set[int] = set()
@@ -196,7 +206,8 @@ class WriteBehind:
         self._seal_if_full(run)
 
     def _seal_if_full(self, run: Run) -> None:
-        if run.length >= RUN_MAX or run.within + run.length == self._chunk_size:
+        full = run.length >= RUN_MAX or run.within + run.length == self._chunk_size
+        if full or self._budgets[run.daemon_id].short:
             self.seal()
 
     def _pieces(self, offset: int, data: memoryview) -> list[Run]:
@@ -247,13 +258,26 @@ class WriteBehind:
                     await earlier.written.wait()
             data = run.parts[0] if len(run.parts) == 1 else b"".join(run.parts)
             grown = await self._store.write(ChunkId(self._ino, run.index), run.within, _plain(data))
-            self.unsynced.add(run.daemon_id)  # not before: a sync that began meanwhile may have missed it
-            self.unpublished = True
-            self.unpublished_end = max(self.unpublished_end, run.end)
-            self.unpublished_growth += grown
+            self.note(run.daemon_id, grown, end=run.end)  # not before: a sync that began meanwhile may have missed it
+        except BaseException:
+            self.note(run.daemon_id, 0, reach=run.end)  # a part of it may be there: a truncation has to find it
+            raise
         finally:
             del self._sealed[run]
             run.written.set()
+
+    def note(self, daemon_id: int, grown: int, *, end: int = 0, reach: int = 0) -> None:
+        """Count what a daemon has done to a chunk: by how much that grew, and how far the file's bytes or space go."""
+        self.unsynced.add(daemon_id)
+        self.unpublished = True
+        self.unpublished_end = max(self.unpublished_end, end)
+        self.unpublished_reach = max(self.unpublished_reach, reach)
+        self.unpublished_growth += grown
+
+    def publish_soon(self, end: int) -> None:
+        """Have the inode's daemon told of a change, and that the file reaches to ``end`` at least."""
+        self.unpublished = True
+        self.unpublished_end = max(self.unpublished_end, end)
 
     def _overlapped_by(self, run: Run) -> list[Run]:
         """List the earlier runs under way that a run overlaps, latest first: who waits for it has waited for others."""
@@ -271,15 +295,19 @@ class WriteBehind:
         end = offset + length
         if self._growing is not None and self._growing.overlaps(offset, end):
             self.seal()
+        started_ns = recording.now()
         for run in list(self._sealed):
             if run.overlaps(offset, end):
                 await run.written.wait()
+        recording.note(spans.WRITTEN, started_ns)
 
     async def settle_all(self) -> None:
         """Wait until everything accepted before the call is with its daemons, or has failed."""
         self.seal()
+        started_ns = recording.now()
         for run in list(self._sealed):
             await run.written.wait()
+        recording.note(spans.WRITTEN, started_ns)
 
 
 def _plain(data: bytes | bytearray | memoryview) -> bytes | bytearray | memoryview:

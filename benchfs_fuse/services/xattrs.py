@@ -1,4 +1,4 @@
-"""Keep extended attributes: those of users, of trusted programs, of security modules, and POSIX access ACLs.
+"""Keep extended attributes: those of users, of trusted programs, of security modules, and POSIX ACLs.
 
 Who may do what to which name is decided by the kernel (xattr(7)); here are the rules that do not depend on the caller.
 ``user.benchfs.chunk_size`` is no stored attribute but the layout itself: of a file what it has, of a directory what new
@@ -10,6 +10,7 @@ import stat
 
 from .. import acl, disk
 from ..errors import (
+    AccessDenied,
     AttributeTooBig,
     Exists,
     InvalidArgument,
@@ -20,6 +21,7 @@ from ..errors import (
     RangeError,
 )
 from ..limits import CHUNK_SIZE_MAX, CHUNK_SIZE_MIN, KIB, MIB, XATTR_LIST_MAX, XATTR_NAME_MAX, XATTR_VALUE_MAX
+from ..privileges import without
 from ..rpc.messages import (
     XATTR_CREATE,
     XATTR_REPLACE,
@@ -32,11 +34,10 @@ from ..rpc.messages import (
     SetXattr,
     ValueReply,
 )
-from .attributes import ACL_ACCESS, set_permissions
+from .attributes import remove_xattr, set_permissions
 from .calls import Call
 from .inodes import Draft, Inode, Inodes
 
-ACL_DEFAULT = b"system.posix_acl_default"
 CHUNK_SIZE = b"user.benchfs.chunk_size"
 _OURS = b"user.benchfs."
 _PREFIXES = (b"user.", b"trusted.", b"security.")
@@ -66,7 +67,7 @@ class Xattrs:
         value = self._inodes.store.get(disk.key_name(disk.XATTR, request.ino, request.name))
         if value is None:
             inode = self._inodes.get(request.ino)
-            if not request.name.startswith(_PREFIXES) and request.name not in (ACL_ACCESS, ACL_DEFAULT):
+            if not request.name.startswith(_PREFIXES) and request.name not in (acl.ACCESS, acl.DEFAULT):
                 raise NotSupported(f"attribute {request.name!r}")
             if request.name in _PREFIXES:
                 raise InvalidArgument(f"attribute {request.name!r}")
@@ -98,8 +99,11 @@ class Xattrs:
             if request.flags & XATTR_CREATE:
                 raise Exists(f"{request.name!r} of inode {inode.ino}")
             inode.chunk_size = parse_chunk_size(request.value)
-        elif request.name == ACL_ACCESS:
-            self._set_acl(draft, inode, request)
+        elif request.name == acl.ACCESS:
+            self._set_access_acl(draft, inode, request.value)
+            inode.mode = without(inode.mode, request.taken)
+        elif request.name == acl.DEFAULT:
+            self._set_default_acl(draft, inode, request.value)
         else:
             _check_name(inode, request.name)
             _store(draft, inode, request.name, request.value, request.flags)
@@ -111,32 +115,47 @@ class Xattrs:
         call.commit(draft, reply)
         return reply
 
-    def _set_acl(self, draft: Draft, inode: Inode, request: SetXattr) -> None:
+    def _set_access_acl(self, draft: Draft, inode: Inode, value: bytes) -> None:
         """Set the permission bits from an ACL, and keep it if they do not say it all."""
-        if stat.S_ISLNK(inode.mode):
-            raise NotSupported("an ACL of a symbolic link")
-        entries = acl.decode(request.value)
+        entries = _decode_acl(inode, value)
         if not entries:
-            _remove(draft, inode, ACL_ACCESS)
+            remove_xattr(draft, inode, acl.ACCESS)
             return
         mode = inode.mode & ~0o777 | acl.permissions_of(entries)
         if acl.is_minimal(entries):
-            _remove(draft, inode, ACL_ACCESS)
+            remove_xattr(draft, inode, acl.ACCESS)
         else:
-            _store(draft, inode, ACL_ACCESS, request.value, request.flags)
+            _store(draft, inode, acl.ACCESS, value, 0)
         set_permissions(draft, inode, mode)
+
+    def _set_default_acl(self, draft: Draft, inode: Inode, value: bytes) -> None:
+        """Set what the inodes that are made in a directory inherit. Kept also if it says no more than bits could."""
+        entries = _decode_acl(inode, value)
+        if entries and not inode.is_dir:
+            raise AccessDenied(f"a default ACL of inode {inode.ino}, which is no directory")
+        if entries:
+            _store(draft, inode, acl.DEFAULT, value, 0)
+        else:
+            remove_xattr(draft, inode, acl.DEFAULT)
 
     def remove(self, request: RemoveXattr, call: Call) -> Body:
         """Remove a value. As on other file systems, an ACL that is not there can be removed."""
         draft = self._inodes.draft()
         inode = draft.inode(request.ino)
-        if request.name == ACL_ACCESS:
-            _remove(draft, inode, request.name)
-        elif request.name != ACL_DEFAULT:
+        if request.name in (acl.ACCESS, acl.DEFAULT):
+            remove_xattr(draft, inode, request.name)
+        else:
             _check_name(inode, request.name)
-            if not _remove(draft, inode, request.name):
+            if not remove_xattr(draft, inode, request.name):
                 raise NoAttribute(f"{request.name!r} of inode {inode.ino}")
         return self._commit(draft, inode, call)
+
+
+def _decode_acl(inode: Inode, value: bytes) -> acl.Acl:
+    """Decode an ACL that is to be set; empty to remove it."""
+    if stat.S_ISLNK(inode.mode):
+        raise NotSupported("an ACL of a symbolic link")
+    return acl.decode(value)
 
 
 def _check_name(inode: Inode, name: bytes) -> None:
@@ -160,13 +179,3 @@ def _store(draft: Draft, inode: Inode, name: bytes, value: bytes, flags: int) ->
     elif flags & XATTR_CREATE:
         raise Exists(f"{name!r} of inode {inode.ino}")
     draft.put(key, value)
-
-
-def _remove(draft: Draft, inode: Inode, name: bytes) -> bool:
-    """Remove a value; tell whether there was one."""
-    key = disk.key_name(disk.XATTR, inode.ino, name)
-    if draft.get(key) is None:
-        return False
-    draft.delete(key)
-    inode.xattr_size -= len(name) + 1
-    return True

@@ -6,13 +6,14 @@ no inode numbers, no times of today, no order of entries, no directory sizes. A 
 whose calls lie.
 """
 
+import ast
 import contextlib
 import errno
 import fcntl
 import mmap
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -23,9 +24,12 @@ from benchfs_fuse.testing.syscalls import (
     RENAME_WHITEOUT,
     UTIME_NOW,
     UTIME_OMIT,
+    fallocate,
     futimens,
     getdents64,
+    getlk,
     renameat2,
+    setlk,
     timespec,
     utimensat,
 )
@@ -36,6 +40,9 @@ Fields = dict[str, Value]
 
 # What O_DIRECT asks of offset, length and memory: the largest logical block of common disks, and a page.
 DIRECT_ALIGNMENT = 4096
+
+# Where larger files are looked at: chunks of every likely size begin and end at one of these places.
+PLACES = (0, 1 << 16, 1 << 20, 1 << 22, 1 << 23, 1 << 30, 1 << 40)
 
 # Stand for utimensat's special values among times in nanoseconds.
 TIME_NOW = 1 << 62
@@ -68,6 +75,15 @@ class Kind(Enum):
     XATTR_FLAGS = auto()
     COUNT = auto()
     MARK = auto()
+    EXTENT = auto()
+    SPACE_MODE = auto()
+    SEEK = auto()
+    LOCK = auto()
+    LOCK_SOUGHT = auto()
+    FLOCK = auto()
+    FLAG = auto()
+    ACL_NAME = auto()
+    ACL_VALUE = auto()
 
 
 K = Kind
@@ -118,7 +134,20 @@ CALLS: dict[str, tuple[Kind, ...]] = {
     "closedir": (K.STREAM,),
     "chdir": (K.PATH,),
     "umask": (K.MODE,),
+    "setacl": (K.PATH, K.ACL_NAME, K.ACL_VALUE),
+    "open_unnamed": (K.PATH, K.OPEN_FLAGS, K.MODE),
+    "fallocate": (K.SLOT, K.SPACE_MODE, K.OFFSET, K.EXTENT),
+    "posix_fallocate": (K.SLOT, K.OFFSET, K.EXTENT),
+    "seek_space": (K.SLOT, K.OFFSET, K.SEEK),
+    "copy_file_range": (K.SLOT, K.OFFSET, K.SLOT, K.OFFSET, K.EXTENT),
+    "map_write": (K.SLOT, K.LENGTH, K.FILL, K.OFFSET),
+    "flock": (K.SLOT, K.FLOCK),
+    "setlk": (K.SLOT, K.LOCK, K.OFFSET, K.EXTENT, K.FLAG),
+    "getlk": (K.SLOT, K.LOCK_SOUGHT, K.OFFSET, K.EXTENT, K.FLAG),
 }
+
+# Bytes around each of `PLACES` that a seek over a large hole is checked by.
+_WINDOW_LENGTH = 65536
 
 _OPEN_FLAG_NAMES = ("CREAT", "EXCL", "TRUNC", "APPEND", "NOFOLLOW", "DIRECTORY", "DIRECT", "SYNC", "DSYNC", "PATH")
 _RENAME_FLAG_NAMES = {
@@ -465,6 +494,141 @@ class Sut:
 
     def umask(self, mode: int) -> Value:
         return os.umask(mode & 0o777)
+
+    def setacl(self, path: bytes, name: bytes, value: bytes) -> Value:
+        os.setxattr(path, name, value)
+        return None
+
+    def open_unnamed(self, path: bytes, flags: int, mode: int) -> Value:
+        """Open a file without a name and close it again: where it is refused the others have it, nothing follows."""
+        os.close(os.open(path, flags & ~os.O_CREAT | os.O_TMPFILE, mode))
+        return None
+
+    def fallocate(self, slot: int, mode: int, offset: int, length: int) -> Value:
+        fallocate(self.fd(slot), mode, offset, length)
+        return None
+
+    def posix_fallocate(self, slot: int, offset: int, length: int) -> Value:
+        os.posix_fallocate(self.fd(slot), offset, length)
+        return None
+
+    def seek_space(self, slot: int, offset: int, whence: int) -> Value:
+        """Seek data or a hole and go back; return what is wrong with the place that was found.
+
+        File systems may know holes better or worse, in blocks of their own, and what is reserved or written as zeros
+        may be data or not. So the places are not compared. But none lies before `offset`, data lies within the file and
+        a hole at most at its end, what is passed over as a hole reads as zeros, and the position is where it says.
+        """
+        fd = self.fd(slot)
+        status = os.fstat(fd)
+        if stat.S_ISDIR(status.st_mode):
+            return None
+        before = os.lseek(fd, 0, os.SEEK_CUR)
+        size = status.st_size
+        _reads_zeros(fd, max(0, offset), max(0, offset) + 1)  # sets the access time, whatever is looked at below
+        try:
+            found = self.seek(fd, offset, whence)
+        except OSError as error:
+            if error.errno != errno.ENXIO or whence != os.SEEK_DATA or not 0 <= offset < size:
+                raise
+            return None if _reads_zeros(fd, offset, size) else "no data found where there is"
+        if os.lseek(fd, 0, os.SEEK_CUR) != found:
+            return "the position is elsewhere"
+        os.lseek(fd, before, os.SEEK_SET)
+        if not offset <= found <= size - (whence == os.SEEK_DATA):
+            return f"found at {found} from {offset} of {size}"
+        if whence == os.SEEK_DATA:
+            return None if _reads_zeros(fd, offset, found) else "data passed over"
+        if found == size:
+            return None
+        try:
+            end = self.seek(fd, found, os.SEEK_DATA)
+        except OSError:
+            end = size
+        os.lseek(fd, before, os.SEEK_SET)
+        return None if _reads_zeros(fd, found, max(end, found + 1)) else "a hole with data"
+
+    def seek(self, fd: int, offset: int, whence: int) -> int:
+        """Seek; a test's lie goes here, before what is found is judged."""
+        return os.lseek(fd, offset, whence)
+
+    def copy_file_range(self, slot: int, offset: int, other: int, other_offset: int, length: int) -> Value:
+        """Copy until it is done or the source ends; return how much that is."""
+        source, target = self.fd(slot), self.fd(other)
+        if length < 0 or is_direct(source) or is_direct(target):
+            return None  # the os module has no unsigned length, and what is not aligned is refused by some
+        done = os.copy_file_range(source, target, length, offset, other_offset)
+        count = done
+        while count and done < length:
+            count = os.copy_file_range(source, target, length - done, offset + done, other_offset + done)
+            done += count
+        return done
+
+    def map_write(self, slot: int, length: int, fill: int, offset: int) -> Value:
+        """Write by a shared mapping and msync, within the file; not where it is open to append: some refuse."""
+        fd = self.fd(slot)
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND:
+            return None
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode):  # what a directory's size means, each file system says for itself
+            length = min(length, status.st_size - offset)
+        if length <= 0 or offset < 0:
+            return None
+        base = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        with mmap.mmap(fd, offset - base + length, mmap.MAP_SHARED, offset=base) as view:
+            view[offset - base :] = pattern(fill, length)
+            view.flush()
+        return length
+
+    def flock(self, slot: int, operation: int) -> Value:
+        fcntl.flock(self.fd(slot), operation | fcntl.LOCK_NB)
+        return None
+
+    def setlk(self, slot: int, kind: int, start: int, length: int, ofd: int) -> Value:
+        setlk(self.fd(slot), kind, start, length, ofd=bool(ofd))
+        return None
+
+    def getlk(self, slot: int, kind: int, start: int, length: int, ofd: int) -> Value:
+        """Ask for what is in the way of a lock: of this open file, or of another process, which a child is."""
+        fd = self.fd(slot)
+        if ofd:
+            return getlk(fd, kind, start, length, ofd=True)[:3]
+        owner = os.getpid()
+
+        def ask() -> Value:
+            *found, pid = getlk(fd, kind, start, length, ofd=False)
+            return (*found, pid == owner)
+
+        return _in_a_child(ask)
+
+
+def _in_a_child(ask: Callable[[], Value]) -> Value:
+    """Ask in another process, which has the same files open but none of the locks."""
+    here, there = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            answer = ask()
+        except OSError as error:
+            answer = failing(error)
+        finally:
+            os.write(there, repr(answer).encode())
+            os._exit(0)
+    os.close(there)
+    with os.fdopen(here, "rb") as said:
+        text = said.read().decode()
+    os.waitpid(child, 0)
+    answered: Value = ast.literal_eval(text)
+    return answered
+
+
+def _reads_zeros(fd: int, start: int, stop: int) -> bool:
+    """Tell whether a range reads as zeros, around `PLACES` and its ends if it is long; taken on trust if unreadable."""
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_DIRECT) not in (os.O_RDONLY, os.O_RDWR):
+        return True
+    centres = [start, stop, *PLACES]
+    spans = [(max(start, at - _WINDOW_LENGTH // 2), min(stop, at + _WINDOW_LENGTH // 2)) for at in centres]
+    return not any(any(os.pread(fd, last - first, first)) for first, last in spans if first < last)
 
 
 def _entries_now(directory_fd: int) -> set[tuple[bytes, int]]:

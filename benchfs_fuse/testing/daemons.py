@@ -57,6 +57,10 @@ class MemoryDirectory:
         """Return where the daemon can be met."""
         return self._places.get(daemon_id)
 
+    async def look(self, daemon_id: int) -> Place | None:
+        """Return where the daemon can be met, at once."""
+        return self.find(daemon_id)
+
     async def wait_changed(self, daemon_id: int, known: object) -> None:
         """Wait until ``find`` returns something else."""
         while self._places.get(daemon_id) == known:
@@ -113,6 +117,8 @@ class MemoryDaemon:
         self.daemon_id = daemon_id
         self._make_service = make_service
         self.incarnation = 0
+        #: How often it was said to have lost power; whoever counts one up takes away what was not synced.
+        self.losses = 0
         self.store = MemoryStore()
         self.node: MemoryNode
         self.sessions: SessionTable
@@ -144,6 +150,7 @@ class MemoryDaemon:
             map_version=cluster.shard_map.version,
             boot_id=HERE,
             open_process=cluster.open_process,
+            losses=self.losses,
         )
         self.server = Server(self.store, self.sessions, client_id)
         self.links = Links(

@@ -29,7 +29,8 @@ def _allow_allocated(difference: Difference) -> bool:
 
 def _allow_xattr_ctime(difference: Difference) -> bool:
     """Allow either ctime where an attribute is set to what it is or removed again: tmpfs moves it, ext4 not."""
-    return "xattr" in difference.call.name and difference.field in ("ctime", "mtime to ctime")
+    sets = "xattr" in difference.call.name or difference.call.name == "setacl"
+    return sets and difference.field in ("ctime", "mtime to ctime")
 
 
 def _allow_truncate_times(difference: Difference) -> bool:
@@ -66,17 +67,39 @@ def _without_set_id(mode: object) -> int | None:
 
 
 def _allow_chown_nothing(difference: Difference) -> bool:
-    """Allow either ctime where chown changes neither owner: the times need not be updated then (POSIX, chown)."""
-    return (
-        difference.field in ("ctime", "mtime to ctime")
-        and difference.call.name in ("chown", "lchown", "fchown")
-        and difference.call.args[1:3] == (-1, -1)
-    )
+    """Allow either ctime where chown changes neither owner: the times need not be updated then (POSIX, chown).
+
+    Nor need somebody else be refused it, who would take set-ID bits away: Linux looks whose file it is, FUSE does not.
+    """
+    if difference.call.name not in ("chown", "lchown", "fchown") or difference.call.args[1:3] != (-1, -1):
+        return False
+    return difference.field in ("ctime", "mtime to ctime") or (difference.left, difference.right) == (None, "<EPERM>")
 
 
 def _allow_nodev(difference: Difference) -> bool:
     """Allow EACCES where a device is opened on the left: FUSE mounts are `nodev`, so nobody asks for its driver."""
     return difference.call.name == "open" and (difference.left, difference.right) == ("<EACCES>", "<ENXIO>")
+
+
+def _allow_unnamed(difference: Difference) -> bool:
+    """Allow O_TMPFILE to be refused on the left, where it would have been granted."""
+    return difference.call.name == "open_unnamed" and (difference.left, difference.right) == ("<ENOTSUP>", None)
+
+
+def _allow_ofd_pid(difference: Difference) -> bool:
+    """Allow F_GETLK to name, on the left, the process that took a lock of an open file description; Linux says -1."""
+    left, right = difference.left, difference.right
+    return (
+        difference.call.name == "getlk"
+        and isinstance(left, tuple)
+        and isinstance(right, tuple)
+        and (left[:3], left[3:], right[3:]) == (right[:3], (True,), (False,))
+    )
+
+
+def _allow_map_times(difference: Difference) -> bool:
+    """Allow any times of what a mapping writes: tmpfs does not move them, others when they come to know of it."""
+    return difference.call.name == "map_write" and difference.field in ("mtime", "ctime", "mtime to ctime")
 
 
 ALLOWANCES: dict[str, Allowance] = {
@@ -89,6 +112,9 @@ ALLOWANCES: dict[str, Allowance] = {
     "now": _allow_now,
     "set-id": _allow_set_id,
     "chown-nothing": _allow_chown_nothing,
+    "unnamed": _allow_unnamed,
+    "ofd-pid": _allow_ofd_pid,
+    "map-times": _allow_map_times,
 }
 
 
@@ -152,7 +178,7 @@ def _simpler_argument(kind: Kind, argument: Argument) -> Iterator[Argument]:
         return
     if kind is Kind.OPEN_FLAGS:
         yield from (argument & ~extra for extra in EXTRA_FLAGS if argument & extra == extra)
-    elif kind in (Kind.LENGTH, Kind.OFFSET, Kind.SIZE):
+    elif kind in (Kind.LENGTH, Kind.OFFSET, Kind.SIZE, Kind.EXTENT):
         yield from (value for value in (0, 1, 10, 4096) if value < argument)
     elif kind is Kind.MODE and argument != 0o755:
         yield 0o755
@@ -199,7 +225,7 @@ def check(pair: Pair, seed: int, count: int) -> None:
 
     Raises DifferenceFoundError with the smallest case, SideFailedError.
     """
-    plan = invent(seed, count, direct=pair.accepts_direct())
+    plan = invent(seed, count, direct=pair.accepts_direct(), zero_range=pair.accepts_zero_range())
     difference = pair.run(plan)
     if difference is not None:
         raise DifferenceFoundError(*shrink(plan, difference, pair.run), seed)

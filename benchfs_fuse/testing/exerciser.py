@@ -1,4 +1,4 @@
-"""Mix reads, writes, mappings, truncations, holes, appends and reopens on one file, and check every byte of it.
+"""Mix reads, writes, mappings, truncations, space, copies, appends and reopens on one file, and check every byte of it.
 
     python -m benchfs_fuse.testing.exerciser PATH [--also PATH2] [--mode MODE] --ops N --seed S
 
@@ -10,6 +10,7 @@ other, and checks the size and every byte there.
 import argparse
 import contextlib
 import enum
+import errno
 import mmap
 import multiprocessing
 import os
@@ -20,6 +21,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from benchfs_fuse.testing.sides import space_modes
+from benchfs_fuse.testing.syscalls import KEEP_SIZE, fallocate
 
 # The file grows to this: past two chunks of the default size, so that every operation meets chunk boundaries.
 SIZE_MAX = 9 << 20
@@ -91,6 +95,35 @@ class FileIo:
         with _mapping(fd, len(data), offset) as (view, start):
             view[start : start + len(data)] = data
 
+    def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        fallocate(fd, mode, offset, length)
+
+    def copy(self, fd: int, offset: int, target_offset: int, length: int) -> int:
+        """Copy within the file; return how many bytes were copied, fewer than asked for only at the file's end."""
+        done = 0
+        while done < length:
+            count = os.copy_file_range(fd, fd, length - done, offset + done, target_offset + done)
+            if not count:
+                break
+            done += count
+        return done
+
+    def seek(self, fd: int, offset: int, whence: int) -> int | None:
+        """Find data or a hole; None: there is none."""
+        try:
+            return os.lseek(fd, offset, whence)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return None
+
+    def view_read(self, view: mmap.mmap, length: int, offset: int) -> bytes:
+        """Read through a mapping that has been there for a while."""
+        return view[offset : offset + length]
+
+    def view_write(self, view: mmap.mmap, data: bytes, offset: int) -> None:
+        view[offset : offset + len(data)] = data
+
     def direct_read(self, fd: int, length: int, offset: int) -> bytes:
         with mmap.mmap(-1, length) as buffer:
             return buffer[: os.preadv(fd, [buffer], offset)]
@@ -134,7 +167,8 @@ class Exerciser:
     """Change one file at random and know what must be in it.
 
     `paths` name the same file through each mount. With `span`, only that many bytes from `base` on are touched: the
-    size stays as it is, and others may change the rest of the file.
+    size stays as it is, and others may change the rest of the file. `space` are the modes of fallocate to use; those
+    that the file's directory takes, if None.
     """
 
     def __init__(
@@ -147,8 +181,11 @@ class Exerciser:
         size_max: int = SIZE_MAX,
         base: int = 0,
         span: int | None = None,
+        space: frozenset[int] | None = None,
     ) -> None:
         self._paths = paths
+        self._space = sorted(space_modes(paths[0].parent) if space is None else space)
+        self._view: mmap.mmap | None = None
         self._random = random.Random(seed)
         self._direct = direct
         self._io = io or FileIo()
@@ -183,9 +220,11 @@ class Exerciser:
 
     def _actions(self) -> dict[Callable[[], None], int]:
         """Return what this file may undergo, and how often each."""
-        actions = {self._read: 6, self._write: 6, self._fsync: 1, self._switch: 2}
+        actions = {self._read: 6, self._write: 6, self._fsync: 1, self._switch: 2, self._copy: 3, self._seek: 3}
+        if self._space:
+            actions |= {self._allocate: 5}
         if not self._direct:
-            actions |= {self._map_read: 4, self._map_write: 4}
+            actions |= {self._map_read: 4, self._map_write: 4, self._view_read: 2, self._view_write: 2, self._look: 1}
         if not self._fixed:
             actions |= {self._truncate: 3, self._write_past_end: 2}
         if not self._fixed and not self._direct:
@@ -245,6 +284,7 @@ class Exerciser:
         length = min(length, len(self._model) - offset)
         if length > 0:
             self._say(f"read {length} at {offset} by mapping")
+            self._check_size()
             data = self._io.map_read(self._fd, length, self._base + offset)
             self._compare(offset, self._model[offset : offset + length], data)
 
@@ -254,8 +294,104 @@ class Exerciser:
         if length > 0:
             data = self._data(length)
             self._say(f"write {length} at {offset} by mapping")
+            self._check_size()
             self._io.map_write(self._fd, data, self._base + offset)
             self._put(offset, data)
+
+    def _look(self) -> None:
+        """Map the whole file, and keep that while the file changes."""
+        self._say("map the file")
+        self._check_size()
+        self._drop_view()
+        if self._model:
+            self._view = mmap.mmap(self._fd, self._base + len(self._model), mmap.MAP_SHARED)
+
+    def _drop_view(self) -> None:
+        if self._view is not None:
+            self._view.close()
+            self._view = None
+
+    def _place_in_view(self) -> tuple[mmap.mmap, int, int] | None:
+        """Choose bytes that the file and the kept mapping both have: others behind the end would be SIGBUS."""
+        if self._view is None:
+            self._look()
+        if self._view is None:
+            return None
+        size = min(len(self._view) - self._base, len(self._model))
+        offset, length = self._place(size)
+        length = min(length, size - offset)
+        return (self._view, offset, length) if length > 0 else None
+
+    def _view_read(self) -> None:
+        if place := self._place_in_view():
+            view, offset, length = place
+            self._say(f"read {length} at {offset} by the kept mapping")
+            data = self._io.view_read(view, length, self._base + offset)
+            self._compare(offset, self._model[offset : offset + length], data)
+
+    def _view_write(self) -> None:
+        if place := self._place_in_view():
+            view, offset, length = place
+            data = self._data(length)
+            self._say(f"write {length} at {offset} by the kept mapping")
+            self._io.view_write(view, data, self._base + offset)
+            self._put(offset, data)
+
+    def _allocate(self) -> None:
+        mode = self._random.choice(self._space)
+        offset, length = self._place(self._size_max)
+        keeps = mode & KEEP_SIZE or self._fixed
+        self._say(f"fallocate {mode} of {length} at {offset}")
+        self._io.fallocate(self._fd, mode, self._base + offset, length)
+        end = offset + length if not keeps else min(offset + length, len(self._model))
+        self._model += bytes(max(0, end - len(self._model)))
+        if mode & ~KEEP_SIZE and offset < end:
+            self._model[offset:end] = bytes(end - offset)
+
+    def _copy(self) -> None:
+        """Copy within the file; what overlaps must be refused."""
+        offset, length = self._place(len(self._model))
+        target, _ = self._place(self._size_max - length)
+        length = min(length, len(self._model) - offset)
+        if length <= 0:
+            return
+        self._say(f"copy {length} at {offset} to {target}")
+        try:
+            copied = self._io.copy(self._fd, self._base + offset, self._base + target, length)
+        except OSError as error:
+            if error.errno != errno.EINVAL or abs(target - offset) >= length:
+                raise
+            return
+        if abs(target - offset) < length:
+            raise self._log.failure("overlapping ranges are copied")
+        if copied != length:
+            raise self._log.failure(f"{copied} bytes are copied, must be {length}")
+        self._put(target, bytes(self._model[offset : offset + length]))
+
+    def _seek(self) -> None:
+        """Walk over data and holes from somewhere on: what is not zero must be data, and the end is known."""
+        size = len(self._model)
+        position = self._place(size)[0] if self._random.random() < 0.7 else 0
+        self._say(f"walk over data and holes from {position}")
+        while position < size:
+            data = self._seek_to(position, os.SEEK_DATA)
+            if self._model.count(0, position, data) != data - position:
+                raise self._log.failure(f"bytes from {position} to {data} are a hole, must not be")
+            position = self._seek_to(data, os.SEEK_HOLE) if data < size else size
+            if position < size and self._model[position]:
+                raise self._log.failure(f"byte {self._base + position} is in a hole, must not be")
+        if not self._fixed and self._seek_to(size, os.SEEK_DATA, missing=-1) != -1:
+            raise self._log.failure(f"data is found behind the end, {size}")
+
+    def _seek_to(self, position: int, whence: int, missing: int | None = None) -> int:
+        """Return what is found, at most the size, which also stands for no data unless `missing` does."""
+        size = len(self._model)
+        found = self._io.seek(self._fd, self._base + position, whence)
+        if found is None:
+            return size if missing is None else missing
+        if found - self._base < position or (not self._fixed and found > size):
+            raise self._log.failure(f"seek {whence} from {self._base + position} finds {found} of {self._base + size}")
+        return min(found - self._base, size)
 
     def _switch(self) -> None:
         """Close here, open at the next path, and check everything there: close-to-open."""
@@ -266,11 +402,14 @@ class Exerciser:
         self._is_open = True
         self._check_all()
 
-    def _check_all(self) -> None:
+    def _check_size(self) -> None:
         if not self._fixed:
             size = self._io.size(self._fd)
             if size != len(self._model):
                 raise self._log.failure(f"size is {size}, must be {len(self._model)}")
+
+    def _check_all(self) -> None:
+        self._check_size()
         length = len(self._model) if self._fixed else len(self._model) + 1
         if self._direct:
             length = -(-length // ALIGNMENT) * ALIGNMENT
@@ -283,6 +422,7 @@ class Exerciser:
         return self._io.open(self._paths[self._side], os.O_RDWR | flags | (os.O_DIRECT if self._direct else 0))
 
     def _close(self) -> None:
+        self._drop_view()
         if self._is_open:
             self._is_open = False
             self._io.close(self._fd)

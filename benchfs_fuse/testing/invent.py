@@ -4,6 +4,7 @@ Each seed draws its own few groups of calls, names, offsets and attributes ("swa
 rarely does any two things to the same file. Names that were made before are named again.
 """
 
+import fcntl
 import itertools
 import os
 import random
@@ -13,7 +14,15 @@ from typing import TypeVar
 
 from benchfs_fuse.testing.calls import CALLS, TIME_NOW, TIME_OMIT, Argument, Call, Kind
 from benchfs_fuse.testing.sides import Depth, Plan
-from benchfs_fuse.testing.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
+from benchfs_fuse.testing.syscalls import (
+    KEEP_SIZE,
+    PUNCH_HOLE,
+    RENAME_EXCHANGE,
+    RENAME_NOREPLACE,
+    RENAME_WHITEOUT,
+    UNSHARE_RANGE,
+    ZERO_RANGE,
+)
 
 _NAMES = (b"a", b"b", b"c", b"d")
 _ODD_NAMES = (b"n" * 255, b"n" * 256, b"\xff\xfe", b"\xc3(", b" ", b"new\nline", b"-rf", b".hidden", b".", b"..", b"")
@@ -30,6 +39,20 @@ _ODD_PATHS = (
 _POSITIONS = (0, 1, 100, 4095, 4096, 4097, 65536, (1 << 20) - 1, 1 << 20, (1 << 22) - 3, 1 << 22, (1 << 23) + 5)
 _FAR_POSITIONS = (1 << 30, 1 << 40)
 _LENGTHS = (0, 1, 10, 100, 4096, 5000, 8192, 65536, 70000)
+# Lengths of ranges: short, as they are allocated too, or senseless.
+_EXTENTS = (*_LENGTHS, (1 << 20) + 7, -1)
+# What moves bytes (COLLAPSE_RANGE, INSERT_RANGE) some file systems do and some refuse; it is left to other tests.
+_SPACE_MODES = (
+    0,
+    KEEP_SIZE,
+    PUNCH_HOLE | KEEP_SIZE,
+    PUNCH_HOLE | KEEP_SIZE,
+    PUNCH_HOLE,
+    UNSHARE_RANGE,
+    1 << 10,
+    -1,
+)
+_ZERO_MODES = (ZERO_RANGE, ZERO_RANGE | KEEP_SIZE, ZERO_RANGE | PUNCH_HOLE | KEEP_SIZE)
 _MODES = (0o644, 0o600, 0o755, 0o777, 0o000, 0o4755, 0o2755, 0o2644, 0o6777, 0o1777, 0o400, 0o070)
 # Major 240 is for local use, <kernel>/Documentation/admin-guide/devices.txt: no driver answers when one is opened.
 _DEVICES = (os.makedev(240, 0), os.makedev(240, 77))
@@ -45,7 +68,9 @@ _XATTR_NAMES = (
     b"a",
     b"other.a",
     b"system.posix_acl_access",
+    b"system.posix_acl_default",
 )
+_ACL_NAMES = (b"system.posix_acl_default", b"system.posix_acl_default", b"system.posix_acl_access")
 _ACL_READ_USER_1001 = bytes.fromhex(
     "02000000"
     "0100 0600 ffffffff"  # owner rw-
@@ -55,7 +80,17 @@ _ACL_READ_USER_1001 = bytes.fromhex(
     "2000 0000 ffffffff"  # others ---
 )
 _ACL_LIKE_MODE_640 = bytes.fromhex("02000000 0100 0600 ffffffff 0400 0400 ffffffff 2000 0000 ffffffff")
-_XATTR_VALUES = (b"", b"1", b"\0\xff", b"v" * 1000, b"v" * 65537, _ACL_READ_USER_1001, _ACL_LIKE_MODE_640)
+_ACL_OF_USER_AND_GROUP = bytes.fromhex(
+    "02000000"
+    "0100 0700 ffffffff"  # owner rwx
+    "0200 0700 ea030000"  # user 1002 rwx
+    "0400 0500 ffffffff"  # group r-x
+    "0800 0600 e9030000"  # group 1001 rw-
+    "1000 0700 ffffffff"  # mask rwx
+    "2000 0500 ffffffff"  # others r-x
+)
+_ACL_VALUES = (_ACL_READ_USER_1001, _ACL_LIKE_MODE_640, _ACL_OF_USER_AND_GROUP)
+_XATTR_VALUES = (b"", b"1", b"\0\xff", b"v" * 1000, b"v" * 65537, *_ACL_VALUES)
 _RENAME_FLAGS = (
     0,
     RENAME_NOREPLACE,
@@ -77,9 +112,14 @@ GROUPS = (
     ("symlink", "readlink", "link", "unlink", "stat"),
     ("chmod", "fchmod", "chown", "fchown", "utimensat", "futimens", "stat", "umask"),
     ("setxattr", "getxattr", "listxattr", "removexattr", "fsetxattr", "fgetxattr", "chmod"),
-    ("opendir", "readdir", "telldir", "seekdir", "closedir", "unlink", "rename"),
+    ("opendir", "readdir", "telldir", "seekdir", "closedir", "unlink", "rename", "mkdir"),
     ("mknod", "stat", "access", "unlink"),
     ("chdir", "deepen", "listdir", "access", "statfs", "mkdir", "rmdir"),
+    ("fallocate", "posix_fallocate", "seek_space", "pwrite", "ftruncate", "pread", "fstat"),
+    ("copy_file_range", "seek_space", "map_write", "pwrite", "pread", "fallocate"),
+    ("map_write", "pread", "pwrite", "truncate", "fsync"),
+    ("flock", "setlk", "getlk", "dup", "close"),
+    ("setacl", "mkdir", "mknod", "umask", "open_unnamed", "removexattr", "access"),
 )
 
 # The others weigh 1.
@@ -91,6 +131,7 @@ _WEIGHTS = {
     "pwrite": 2.0,
     "truncate": 2.0,
     "ftruncate": 2.0,
+    "umask": 0.5,
     "chdir": 0.3,
     "deepen": 0.3,
 }
@@ -105,16 +146,17 @@ _T = TypeVar("_T")
 class _Inventor:
     """Make calls up from a seed."""
 
-    def __init__(self, seed: int, *, direct: bool) -> None:
+    def __init__(self, seed: int, *, direct: bool, zero_range: bool, about: str | None) -> None:
         self._random = random.Random(seed)
         self._direct = direct
         self._known: list[bytes] = []
         self._names = self._some_of(_NAMES, 1)
-        self._calls = list(dict.fromkeys(("open", *itertools.chain(*self._some_of(GROUPS, 1)))))
+        self._calls = list(dict.fromkeys(("open", *itertools.chain(*self._groups(about)))))
         self._odd = self._random.choice((0.0, 0.0, 0.1))
         self._users = self._random.choice((0.0, 0.25))
         slots = self._random.randint(1, 3)
-        positions = self._some_of((*_POSITIONS, *_FAR_POSITIONS, -1), 3)
+        # Few, so that what is written at one is what is cut, copied or sought there.
+        positions = self._random.sample((*_POSITIONS, *_FAR_POSITIONS, -1), self._random.randint(2, 6))
         self._makers: dict[Kind, Callable[[], Argument]] = {
             Kind.SLOT: lambda: self._random.randrange(slots),
             Kind.STREAM: lambda: self._random.randrange(2),
@@ -139,6 +181,15 @@ class _Inventor:
             Kind.XATTR_FLAGS: self._one_of((0, 0, os.XATTR_CREATE, os.XATTR_REPLACE)),
             Kind.COUNT: lambda: self._random.choice((0, 1, 2, 3, 15)),
             Kind.MARK: lambda: self._random.randrange(2),
+            Kind.EXTENT: self._one_of(self._some_of(_EXTENTS, 2)),
+            Kind.SPACE_MODE: self._one_of(_SPACE_MODES + _ZERO_MODES * zero_range),
+            Kind.SEEK: self._one_of((os.SEEK_DATA, os.SEEK_HOLE)),
+            Kind.LOCK: self._one_of((fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_WRLCK, fcntl.F_UNLCK)),
+            Kind.LOCK_SOUGHT: self._one_of((fcntl.F_RDLCK, fcntl.F_WRLCK)),
+            Kind.FLOCK: self._one_of((fcntl.LOCK_SH, fcntl.LOCK_EX, fcntl.LOCK_EX, fcntl.LOCK_UN, 0)),
+            Kind.ACL_NAME: self._one_of(_ACL_NAMES),
+            Kind.ACL_VALUE: self._one_of((*_ACL_VALUES, b"")),
+            Kind.FLAG: lambda: self._random.randrange(2),
         }
 
     def calls(self, count: int) -> tuple[Call, ...]:
@@ -154,6 +205,11 @@ class _Inventor:
         by_root = name == "deepen" or self._random.random() >= self._users
         uid = 0 if by_root else self._random.choice((1001, 1002))
         return Call(name, args, uid)
+
+    def _groups(self, about: str | None) -> list[tuple[str, ...]]:
+        """Draw one group half of the time, for what takes many calls of few sorts, else up to four."""
+        first = self._random.choice([group for group in GROUPS if about in (None, "open", *group)])
+        return [first, *self._random.sample(GROUPS, self._random.choice((0, 0, 0, 1, 2, 3)))]
 
     def _one_of(self, pool: Sequence[Argument]) -> Callable[[], Argument]:
         return lambda: self._random.choice(pool)
@@ -203,7 +259,10 @@ class _Inventor:
         return self._random.choice(kinds) | self._random.choice(_MODES)
 
 
-def invent(seed: int, count: int, *, direct: bool = False) -> Plan:
-    """Make up `count` calls; the same arguments give the same plan. `direct` admits O_DIRECT."""
+def invent(seed: int, count: int, *, direct: bool = False, zero_range: bool = False, about: str | None = None) -> Plan:
+    """Make up `count` calls; the same arguments give the same plan.
+
+    `direct` admits O_DIRECT, `zero_range` fallocate with ZERO_RANGE. With `about`, that call is among them.
+    """
     depth = (Depth.ANSWERS, Depth.TREES, Depth.TIMES)[seed % 3]
-    return Plan(_Inventor(seed, direct=direct).calls(count), depth)
+    return Plan(_Inventor(seed, direct=direct, zero_range=zero_range, about=about).calls(count), depth)

@@ -7,6 +7,7 @@ files, ids, umask, a hang) outlives the run. Needs root: for chroot, chown and m
 import contextlib
 import dataclasses
 import enum
+import errno
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 from benchfs_fuse.testing.calls import Call, Fields, Sut, Value
+from benchfs_fuse.testing.syscalls import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate
 from benchfs_fuse.testing.witness import Witness, wait_for_tick
 
 # A call that takes longer hangs: the slowest call of the pool reads some megabytes.
@@ -266,6 +268,10 @@ class Pair:
         """Tell whether both sides open files with O_DIRECT at all (tmpfs does since Linux 6.6)."""
         return all(_accepts_direct(side.parent) for side in (self._left, self._right))
 
+    def accepts_zero_range(self) -> bool:
+        """Tell whether both sides take ZERO_RANGE (tmpfs does not)."""
+        return all(ZERO_RANGE in space_modes(side.parent) for side in (self._left, self._right))
+
 
 def _accepts_direct(parent: Path) -> bool:
     with _private_directory(parent) as path:
@@ -273,6 +279,23 @@ def _accepts_direct(parent: Path) -> bool:
             os.close(os.open(path / "probe", os.O_CREAT | os.O_RDWR | os.O_DIRECT))
         except OSError:
             return False
+    return True
+
+
+def space_modes(parent: Path) -> frozenset[int]:
+    """Return those modes of fallocate, out of what we serve, that files below `parent` take. Raises OSError."""
+    modes = (0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE)
+    with _private_directory(parent) as path, (path / "probe").open("wb") as file:
+        return frozenset(mode for mode in modes if _accepts_mode(file.fileno(), mode))
+
+
+def _accepts_mode(fd: int, mode: int) -> bool:
+    try:
+        fallocate(fd, mode, 0, 1)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return False
     return True
 
 

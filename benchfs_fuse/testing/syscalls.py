@@ -1,6 +1,7 @@
 """Reach the system calls which the os module leaves out, with its manners: bytes paths, OSError on failure."""
 
 import ctypes
+import fcntl
 import os
 import struct
 from dataclasses import dataclass
@@ -19,6 +20,21 @@ RENAME_WHITEOUT = 4
 # utimensat(2): values of tv_nsec that stand for "now" and "leave alone"
 UTIME_NOW = (1 << 30) - 1
 UTIME_OMIT = (1 << 30) - 2
+
+# Modes of fallocate(2), <linux/falloc.h>
+KEEP_SIZE = 1
+PUNCH_HOLE = 2
+COLLAPSE_RANGE = 8
+ZERO_RANGE = 16
+INSERT_RANGE = 32
+UNSHARE_RANGE = 64
+
+# Locks of open files, fcntl(2): the fcntl module has these from Python 3.13 on.
+F_OFD_GETLK = 36
+F_OFD_SETLK = 37
+
+# The kernel's struct flock of 64 bits: l_type, l_whence, l_start, l_len, l_pid, padding.
+_FLOCK = struct.Struct("hhqqi4x")
 
 # The kernel's struct linux_dirent64, packed: getdents64(2).
 #   offset 0  size 8  d_ino
@@ -50,6 +66,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
 _libc.utimensat.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(_Timespec), ctypes.c_int]
 _libc.futimens.argtypes = [ctypes.c_int, ctypes.POINTER(_Timespec)]
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.getdents64.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
 _libc.getdents64.restype = ctypes.c_ssize_t
 _libc.opendir.argtypes = [ctypes.c_char_p]
@@ -93,6 +110,24 @@ def futimens(fd: int, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
     times = (_Timespec * 2)(_Timespec(*atime), _Timespec(*mtime))
     if _libc.futimens(fd, times) != 0:
         _raise_errno()
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """Call fallocate(2) with any mode: os.posix_fallocate has mode 0 alone, and libc emulates it. Raises OSError."""
+    if _libc.fallocate(fd, mode, offset, length) != 0:
+        _raise_errno()
+
+
+def setlk(fd: int, kind: int, start: int, length: int, *, ofd: bool) -> None:
+    """Set a lock of the process, or of the open file, without waiting; bytes count from the start. Raises OSError."""
+    fcntl.fcntl(fd, F_OFD_SETLK if ofd else fcntl.F_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+
+
+def getlk(fd: int, kind: int, start: int, length: int, *, ofd: bool) -> tuple[int, int, int, int]:
+    """Ask for a lock in the way of one: its kind (F_UNLCK: none), start, length and process. Raises OSError."""
+    asked = _FLOCK.pack(kind, os.SEEK_SET, start, length, 0)
+    found, _, first, count, pid = _FLOCK.unpack(fcntl.fcntl(fd, F_OFD_GETLK if ofd else fcntl.F_GETLK, asked))
+    return found, first, count, pid
 
 
 @dataclass(frozen=True, slots=True)

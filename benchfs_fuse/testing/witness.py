@@ -11,11 +11,10 @@ import time
 import zlib
 from collections.abc import Iterator
 
-from benchfs_fuse.testing.calls import Fields, Sut, Value, attributes, failing, is_direct
+from benchfs_fuse.testing.calls import PLACES, Fields, Sut, Value, attributes, failing, is_direct
 
-# Larger files are read around these places only: chunks of every likely size begin and end at one of them.
+# Larger files are read around `PLACES` only, this many bytes of them.
 WINDOW_LENGTH = 65536
-WINDOW_CENTRES = (0, 1 << 16, 1 << 20, 1 << 22, 1 << 23, 1 << 30, 1 << 40)
 WHOLE_LENGTH_MAX = 16 << 20
 
 # Times between 2020 and 2100 are taken for readings of a clock, which differ from run to run; others a call has set.
@@ -36,7 +35,7 @@ def _content(fd: int, size: int) -> Value:
     """Read a file's bytes, around the places that matter if it is large: pairs of an offset and compressed bytes."""
     windows = [(0, size)]
     if size > WHOLE_LENGTH_MAX:
-        centres = [*WINDOW_CENTRES, size]
+        centres = [*PLACES, size]
         spans = [(max(0, at - WINDOW_LENGTH // 2), min(size, at + WINDOW_LENGTH // 2)) for at in centres]
         windows = [(start, stop) for start, stop in spans if start < stop]
     parts: list[Value] = []

@@ -1,0 +1,1 @@
+"""Measure: the floors, the small benchmark, the comparison with other file systems, and the reports of them."""

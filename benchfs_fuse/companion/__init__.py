@@ -1,0 +1,238 @@
+"""Bind the companion library (companion.c), which gives a pyfuse3 file system what pyfuse3 leaves out.
+
+It has to be loaded before pyfuse3: ``load`` does that, and returns None where the library was not built (no compiler,
+or no headers of libfuse, when the package was installed). Everything then works as far as pyfuse3 alone takes it.
+
+The library calls ``Hooks`` in the thread of pyfuse3's loop, from within that loop: a hook starts what it has to do and
+returns; the answer is given later, in the same thread, by one of the ``reply_`` methods, exactly once for each request
+(an opaque number). docs/companion.md has the account of why this is sound.
+"""
+
+import ctypes
+import errno
+import hashlib
+import logging
+import os
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+log = logging.getLogger(__name__)
+
+#: Capabilities of the connection: FUSE_CAP_* of libfuse's fuse_common.h.
+CAP_POSIX_LOCKS = 1 << 1
+CAP_DONT_MASK = 1 << 6
+CAP_SPLICE_READ = 1 << 9
+CAP_FLOCK_LOCKS = 1 << 10
+CAP_AUTO_INVAL_DATA = 1 << 12
+CAP_PARALLEL_DIROPS = 1 << 18
+CAP_EXPLICIT_INVAL_DATA = 1 << 25
+
+#: Flags of SETATTR and of WRITE requests: FATTR_* and FUSE_WRITE_* of linux/fuse.h.
+ATIME_NOW = 1 << 7
+MTIME_NOW = 1 << 8
+WRITE_KILL_SUIDGID = 1 << 2
+
+#: Where the library is, if it was built, and how its name begins.
+DIRECTORY = Path(__file__).parent
+_LIBRARY = "_library"
+
+
+class Request(ctypes.Structure):
+    """Say of the request that was handed to pyfuse3 last what libfuse does not: good until a handler's first await.
+
+    ``unique`` names it in the kernel's protocol. ``flags`` are those of SETATTR, WRITE and RELEASE; ``lock_owner`` is
+    that of FLUSH and RELEASE. ``pid`` is the thread that sent it; 0: the kernel itself, or one that cannot be seen.
+    ``received_ns``: CLOCK_MONOTONIC, as time.perf_counter_ns gives it, when it had been read from the kernel.
+    """
+
+    unique: int
+    lock_owner: int
+    received_ns: int
+    opcode: int
+    flags: int
+    pid: int
+    _fields_ = (
+        ("unique", ctypes.c_uint64),
+        ("lock_owner", ctypes.c_uint64),
+        ("received_ns", ctypes.c_uint64),
+        ("opcode", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("pid", ctypes.c_uint32),
+    )
+
+
+class _Wishes(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_uint32)
+        for name in ("want", "unwanted", "max_background", "congestion_threshold", "max_readahead")
+    )
+
+
+class _Granted(ctypes.Structure):
+    want: int
+    _fields_ = tuple((name, ctypes.c_uint32) for name in ("capable", "want", "proto_minor"))
+
+
+_U64, _I64, _INT = ctypes.c_uint64, ctypes.c_int64, ctypes.c_int
+_PROTOTYPES = {
+    "fallocate": ctypes.CFUNCTYPE(None, _U64, _U64, _INT, _I64, _I64),
+    "lseek": ctypes.CFUNCTYPE(None, _U64, _U64, _I64, _INT),
+    "copy_file_range": ctypes.CFUNCTYPE(None, _U64, _U64, _I64, _U64, _I64, _U64, _INT),
+    "getlk": ctypes.CFUNCTYPE(None, _U64, _U64, _U64, _INT, _I64, _I64),
+    "setlk": ctypes.CFUNCTYPE(None, _U64, _U64, _U64, _U64, _INT, _INT, _I64, _I64, _INT, _INT, _U64),
+    "setxattr": ctypes.CFUNCTYPE(None, _U64, _U64, ctypes.c_char_p, ctypes.c_void_p, _U64, _INT, ctypes.c_uint32),
+    "interrupt": ctypes.CFUNCTYPE(None, _U64),
+}
+
+
+class _Hooks(ctypes.Structure):
+    _fields_ = tuple(_PROTOTYPES.items())
+
+
+class Hooks(NamedTuple):
+    """Hold the functions that serve added operations; None leaves one out. All numbers are as the kernel sent them.
+
+    ``request`` is to be answered with the reply in brackets, or by ``reply_error``. Locks are given by type (F_RDLCK,
+    F_WRLCK, F_UNLCK), start and length (0: to the end of the file), as in struct flock.
+    """
+
+    #: (request, fh, mode, offset, length) [reply_error 0]
+    fallocate: Callable[[int, int, int, int, int], None] | None = None
+    #: (request, fh, offset, whence) [reply_offset]
+    lseek: Callable[[int, int, int, int], None] | None = None
+    #: (request, fh, offset, target fh, target offset, length, flags) [reply_count]
+    copy_file_range: Callable[[int, int, int, int, int, int, int], None] | None = None
+    #: (request, inode, owner, type, start, length) [reply_lock]
+    getlk: Callable[[int, int, int, int, int, int], None] | None = None
+    #: (request, inode, fh, owner, flock or not, type, start, length, pid, wait, unique) [reply_error 0]
+    setlk: Callable[[int, int, int, int, int, int, int, int, int, int, int], None] | None = None
+    #: (request, inode, name, value, flags, user) [reply_error 0]
+    setxattr: Callable[[int, int, bytes, bytes, int, int], None] | None = None
+    #: (unique): the caller of a request was sent a signal. No answer.
+    interrupt: Callable[[int], None] | None = None
+
+
+class Companion:
+    """Be the loaded library. One per process, as it is one session per process."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self._hooks = _Hooks.in_dll(library, "benchfs_hooks")
+        self._wishes = _Wishes.in_dll(library, "benchfs_wishes")
+        self._granted = _Granted.in_dll(library, "benchfs_granted")
+        self.request = Request.in_dll(library, "benchfs_request")
+        self._callbacks: list[Any] = []
+        self._reply_err = _function(library, "fuse_reply_err", _U64, _INT)
+        self._reply_write = _function(library, "fuse_reply_write", _U64, ctypes.c_size_t)
+        self._reply_lseek = _function(library, "fuse_reply_lseek", _U64, _I64)
+        self._reply_lock = _function(library, "fuse_reply_lock", _U64, ctypes.c_char_p)
+        self._free_caller = _function(library, "benchfs_free_caller", _U64)
+        self._write_back = _function(library, "benchfs_write_back", _U64, _I64, _I64)
+        library.benchfs_asked.argtypes, library.benchfs_asked.restype = [_U64], ctypes.c_uint32
+
+    def wish(
+        self, *, want: int, unwanted: int, max_background: int, congestion_threshold: int, max_readahead: int
+    ) -> None:
+        """Say what the connection shall be, before the file system is mounted; ``granted`` tells what came of it.
+
+        ``want`` and ``unwanted`` are capabilities; ``max_readahead`` is in bytes.
+        """
+        wishes = self._wishes
+        wishes.want, wishes.unwanted = want, unwanted
+        wishes.max_background, wishes.congestion_threshold = max_background, congestion_threshold
+        wishes.max_readahead = max_readahead
+
+    @property
+    def granted(self) -> int:
+        """Return the capabilities that the connection has; 0 before the kernel has said hello."""
+        return self._granted.want
+
+    def hook(self, hooks: Hooks) -> None:
+        """Add operations, before the file system is mounted."""
+        setxattr = hooks.setxattr
+
+        def copy_xattr(request: int, ino: int, name: bytes, value: int, size: int, flags: int, uid: int) -> None:
+            assert setxattr is not None
+            setxattr(request, ino, name, ctypes.string_at(value, size), flags, uid)
+
+        functions = hooks._replace(setxattr=None)._asdict()
+        if setxattr is not None:
+            functions["setxattr"] = copy_xattr
+        for name, function in functions.items():
+            if function is not None:
+                callback = _PROTOTYPES[name](function)
+                self._callbacks.append(callback)
+                setattr(self._hooks, name, callback)
+
+    def pid_of(self, unique: int) -> int:
+        """Return which thread (its id) sent a request; 0 where that was forgotten (thousands of requests ago)."""
+        return int(self._library.benchfs_asked(unique))
+
+    def free_caller(self, unique: int) -> bool:
+        """Answer a request with EINTR while its handler goes on; tell whether it was still waited for.
+
+        What the handler answers later is dropped: nobody releases a handle that it opens.
+        """
+        return bool(self._free_caller(unique) == 0)
+
+    def write_back(self, ino: int, offset: int, length: int) -> None:
+        """Have the kernel write its dirty pages of a range back and forget them; a length of 0 reaches to the end.
+
+        Not in the thread of the loop: this returns when the loop has answered the WRITE requests. That the kernel does
+        not know the inode is no error.
+        """
+        error = self._write_back(ino, offset, length)
+        if error not in (0, errno.ENOENT):
+            raise OSError(error, os.strerror(error))
+
+    def reply_error(self, request: int, error: int) -> None:
+        """Answer with an errno, or 0."""
+        self._reply_err(request, error)
+
+    def reply_count(self, request: int, count: int) -> None:
+        """Answer how many bytes were copied."""
+        self._reply_write(request, count)
+
+    def reply_offset(self, request: int, offset: int) -> None:
+        """Answer where lseek has found something."""
+        self._reply_lseek(request, offset)
+
+    def reply_lock(self, request: int, kind: int, start: int, length: int, pid: int) -> None:
+        """Answer which lock stands in the way (``kind`` F_UNLCK: none)."""
+        # struct flock of fcntl(2) where off_t has 64 bits, aligned.
+        self._reply_lock(request, struct.pack("@hhqqi", kind, os.SEEK_SET, start, length, pid))
+
+
+def _function(library: ctypes.CDLL, name: str, *arguments: Any) -> Any:
+    function = getattr(library, name)
+    function.argtypes, function.restype = list(arguments), ctypes.c_int
+    return function
+
+
+def find(directory: Path = DIRECTORY) -> Path | None:
+    """Return where the library is, None where it was not built."""
+    return next(iter(sorted(directory.glob(f"{_LIBRARY}*.so"))), None)
+
+
+def is_current(library: Path) -> bool:
+    """Tell whether a library was built from the source beside it: another one has other structures."""
+    try:
+        built_from = (ctypes.c_char * 65).in_dll(ctypes.CDLL(str(library)), "benchfs_source").value
+    except (OSError, ValueError):  # what cannot be loaded; what has no such name
+        return False
+    return built_from.decode() == hashlib.sha256((library.parent / "companion.c").read_bytes()).hexdigest()
+
+
+def load() -> Companion | None:
+    """Load the library, before pyfuse3; None where it was not built, or was built from another version."""
+    library = find()
+    if library is None:
+        return None
+    if not is_current(library):
+        log.warning("%s was built from another version and is left out: install the package again", library)
+        return None
+    assert "pyfuse3" not in sys.modules, "the companion library comes first"
+    return Companion(ctypes.CDLL(str(library), mode=os.RTLD_GLOBAL | os.RTLD_NOW))

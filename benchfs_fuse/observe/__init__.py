@@ -1,0 +1,1 @@
+"""Show where time goes: what is always counted, what is recorded while somebody asks for it, and what that says."""

@@ -1,0 +1,100 @@
+"""Be a daemon with a fault, which BENCHFS_PLANTED names: the torture has to find it.
+
+early     some writes are acknowledged, and done later
+twice     the recorded outcome of a request is ignored: a retry is applied anew
+skipped   some participants of a transaction do not do their part
+forgotten what was prepared for a transaction is forgotten by a restart
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from benchfs_fuse import daemon
+from benchfs_fuse.ports import Reply
+from benchfs_fuse.rpc.messages import Body, Finish, Request, WriteChunk, WriteChunkReply, encode
+from benchfs_fuse.rpc.server import Server
+from benchfs_fuse.services.calls import Call
+from benchfs_fuse.services.chunkserver import ChunkServer
+from benchfs_fuse.services.transactions import Transactions
+
+#: Seconds by which a write is late.
+LATE_S = 0.3
+#: One of so many is hurt.
+SELDOM = 10
+
+
+def _seldom() -> Callable[[], bool]:
+    count = 0
+
+    def hurt() -> bool:
+        nonlocal count
+        count += 1
+        return count % SELDOM == 0
+
+    return hurt
+
+
+def plant_early() -> None:
+    write, write_now, hurt = ChunkServer._write, ChunkServer._write_now, _seldom()
+
+    async def early(self: ChunkServer, request: Request, payload: memoryview | None, want: int) -> Reply:
+        assert isinstance(request, WriteChunk)
+        if payload is None or not hurt():
+            return await write(self, request, payload, want)
+        data = memoryview(bytearray(payload))
+
+        async def later() -> None:
+            await trio.sleep(LATE_S)
+            await write(self, request, data, want)
+
+        trio.lowlevel.spawn_system_task(later)
+        return Reply(0, encode(WriteChunkReply(0)))
+
+    def never(self: ChunkServer, request: Request, payload: memoryview | None, want: int) -> Reply | None:
+        return None
+
+    assert write_now is not never
+    ChunkServer._write, ChunkServer._write_now = early, never  # type: ignore[method-assign]
+
+
+def plant_twice() -> None:
+    recall = Server._recall
+
+    def twice(self: Server, *more: Any) -> Any:
+        found = recall(self, *more)
+        return None if isinstance(found, Body) else found
+
+    Server._recall = twice  # type: ignore[method-assign, assignment]
+
+
+def plant_skipped() -> None:
+    finish, hurt = Transactions.finish, _seldom()
+
+    def skipped(self: Transactions, request: Finish, call: Call) -> Body:
+        if request.commit and hurt():
+            request = Finish(request.txid, False)
+        return finish(self, request, call)
+
+    Transactions.finish = skipped  # type: ignore[method-assign]
+
+
+def plant_forgotten() -> None:
+    hold, recover = Transactions._hold, Transactions.recover
+
+    def forgotten(self: Transactions) -> None:
+        Transactions._hold = lambda self, key, steps: None  # type: ignore[method-assign]
+        recover(self)
+        Transactions._hold = hold  # type: ignore[method-assign]
+
+    Transactions.recover = forgotten  # type: ignore[method-assign]
+
+
+PLANTS = {"early": plant_early, "twice": plant_twice, "skipped": plant_skipped, "forgotten": plant_forgotten}
+
+if __name__ == "__main__":
+    PLANTS[os.environ["BENCHFS_PLANTED"]]()
+    sys.exit(daemon.main())

@@ -1,0 +1,128 @@
+"""``benchfs torture``: real runs find nothing, and find what is planted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from cluster import running_cluster
+
+from benchfs_fuse import kernel_mounts
+from benchfs_fuse.torture.run import DAEMON_KILLS, MOUNT_KILLS, Plan, Verdict, torture
+
+#: Where the random operations begin: another number gives others.
+SEED = int(os.environ.get("BENCHFS_TEST_SEED", "0"))
+BOTH = frozenset({DAEMON_KILLS, MOUNT_KILLS})
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep everything below the test's own directory."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    return tmp_path
+
+
+def run(plan: Plan) -> Verdict:
+    sys.stdout.write(f"BENCHFS_TEST_SEED={plan.seed}\n")
+    verdict = torture(plan, lambda *how_far: None)
+    sys.stdout.write(f"{verdict}\n")
+    return verdict
+
+
+def local(seconds: float, seed: int = SEED) -> Plan:
+    return Plan(None, seconds, seed, workers=4)
+
+
+def test_a_short_torture_finds_nothing(directory: Path) -> None:
+    verdict = run(local(60)._replace(kill=BOTH, lose_chunks=True, kills_max=3))
+    assert verdict.complaints == []
+    assert verdict.kills.total() == 3
+    assert verdict.struck.total() >= 3
+    assert verdict.lost_chunks > 0
+    assert list(directory.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_300_kills_lose_nothing(directory: Path) -> None:
+    killed = {DAEMON_KILLS: 0, MOUNT_KILLS: 0}
+    for number, kill in enumerate((frozenset({DAEMON_KILLS}), frozenset({MOUNT_KILLS}), BOTH)):
+        verdict = run(local(3600, SEED + number)._replace(kill=kill, kills_max=100))
+        assert verdict.complaints == []
+        for name in killed:
+            killed[name] += sum(count for title, count in verdict.kills.items() if name in title)
+    assert sum(killed.values()) >= 300
+    assert min(killed.values()) > 100
+    assert list(directory.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_full_disks_lose_nothing(directory: Path) -> None:
+    verdict = run(local(40)._replace(kill=frozenset({DAEMON_KILLS}), fill_disk=True))
+    assert verdict.complaints == []
+    assert verdict.fills > 0
+    assert verdict.refused > 0
+    assert list(directory.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "early",  # a write is acknowledged before it is done
+        pytest.param("twice", marks=pytest.mark.slow),  # a retry is applied anew
+        pytest.param("skipped", marks=pytest.mark.slow),  # a participant of a transaction leaves its part out
+        pytest.param("forgotten", marks=pytest.mark.slow),  # an intent does not outlive its daemon
+    ],
+)
+def test_a_planted_fault_is_found(directory: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    monkeypatch.setenv("BENCHFS_PLANTED", fault)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    plan = local(600)._replace(workers=6, kill=frozenset({DAEMON_KILLS}), daemon_module="planted_daemon")
+    verdict = run(plan)
+    assert verdict.complaints != []
+    assert verdict.seconds < plan.seconds
+    assert verdict.kept is not None and (verdict.kept / "complaints").read_text().splitlines() == verdict.complaints
+
+
+def command(*words: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchfs_fuse.cli", "torture", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_a_mount_is_tortured_without_faults() -> None:
+    with running_cluster() as cluster:
+        mountpoint = cluster.mount().mountpoint
+        with command(str(mountpoint), "--minutes", "0.03", "--workers", "2", "--seed", "7", "--json") as process:
+            output, error = process.communicate(timeout=120)
+        assert (process.returncode, error) == (0, "")
+        said = json.loads(output)
+        assert said["sound"] and said["complaints"] == []
+        assert said["operations"]["write"] > 0
+        assert said["again"] == f"benchfs torture {mountpoint} --minutes 0.03 --seed 7 --workers 2"
+        assert list(mountpoint.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_ends_it_early_with_a_verdict(directory: Path, number: signal.Signals) -> None:
+    with command("--local", "--minutes", "60", "--workers", "2") as process:
+        deadline = time.monotonic() + 60
+        while not list(directory.glob("*/mount-0/worker-1/*")):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        output, error = process.communicate(timeout=120)
+    assert (process.returncode, error) == (0, "")
+    assert "which a signal cut short" in output
+    assert output.splitlines()[-1].startswith("sound")
+    assert list(directory.iterdir()) == []
+    assert [mount for mount in kernel_mounts.mounts() if mount.mountpoint.is_relative_to(directory)] == []
