@@ -14,7 +14,7 @@ import pytest
 from benchfs_fuse.testing.calls import CALLS, Call, Sut, Value, is_direct, pattern
 from benchfs_fuse.testing.differential import ALLOWANCES, DifferenceFoundError, check, reproduction, shrink
 from benchfs_fuse.testing.invent import invent
-from benchfs_fuse.testing.sides import Depth, Difference, Pair, Plan, SideFailedError
+from benchfs_fuse.testing.sides import Depth, Difference, Pair, Plan, Seen, SideFailedError, TimesApart
 from benchfs_fuse.testing.syscalls import KEEP_SIZE, PUNCH_HOLE, RENAME_NOREPLACE, getdents64
 
 pytest_plugins = ("mounts",)
@@ -391,6 +391,35 @@ def test_an_allowance_allows_no_more_than_it_says(name: str, difference: tuple[s
     call, field, left, right = difference
     found = Difference(0, Call(call, ()), b"/a", field, left, right, {"size moved": True})
     assert not ALLOWANCES[name](found)
+
+
+def test_times_that_were_allowed_to_differ_are_no_news_until_they_move() -> None:
+    """futimens, truncate to the same size (allowed to move the times or not), any other call."""
+    apart = TimesApart()
+    call = Call("getxattr", (b"/f", b"user.a"))
+
+    def differs(field: str, left: Value, right: Value, place: bytes = b"/f") -> bool:
+        return not apart.explains(Difference(0, call, place, field, left, right))
+
+    def shows(place: bytes, was: bytes, mtime: Value) -> None:
+        apart.follow(Seen(None, {place: {"was": was, "mtime": mtime}}))
+
+    assert differs("mtime", 7, "same")
+    apart.allow(Difference(0, call, b"/f", "mtime", 7, "later"))
+    shows(b"/f", b"/f", "same")
+    assert not differs("mtime", 7, "same")
+    assert not differs("mtime to ctime", None, "<")
+    assert differs("mtime to ctime", ">", "<")
+    assert differs("mtime", "later", "same")
+    assert differs("ctime", 7, "same")
+    assert differs("mtime", 7, "same", b"/g")
+    shows(b"/g", b"/f", "same")  # it was renamed
+    assert not differs("mtime", 7, "same", b"/g")
+    assert differs("mtime", 7, "same")
+    shows(b"/g", b"/g", "later")
+    assert differs("mtime", 7, "later", b"/g")
+    shows(b"/g", b"/g", "same")
+    assert differs("mtime", 7, "same", b"/g")
 
 
 def test_nothing_is_left_behind(plain_dir: Path, reference: Path) -> None:

@@ -30,6 +30,8 @@ from benchfs_fuse.testing.witness import Witness, wait_for_tick
 DEADLINE_S = 60.0
 
 TIME_FIELDS = frozenset({"atime", "mtime", "ctime", "mtime to ctime"})
+#: What a time shows that a call has moved.
+_MOVED: frozenset[Value] = frozenset({"new", "later", "earlier"})
 
 
 class Depth(enum.Enum):
@@ -88,6 +90,37 @@ class Difference:
 
 
 Allowance = Callable[[Difference], bool]
+
+
+class TimesApart:
+    """Know which times differ since a difference was allowed: until a call moves them, they still do.
+
+    A time that a call has set is seen as its value for as long as it stays, one by the clock as "same".
+    """
+
+    def __init__(self) -> None:
+        self._apart: set[tuple[Value, str]] = set()
+
+    def follow(self, seen: Seen) -> None:
+        """Go on to what one side shows after the next call: by the new names, without what has moved there."""
+        self._apart = {
+            (place, name)
+            for place, fields in seen.places.items()
+            for name in TIME_FIELDS
+            if {(place, name), (fields.get("was"), name)} & self._apart and fields.get(name) not in _MOVED
+        }
+
+    def allow(self, difference: Difference) -> None:
+        """Remember a difference that was allowed, if it is one of times."""
+        if difference.field in TIME_FIELDS:
+            self._apart.add((difference.place, difference.field))
+
+    def explains(self, difference: Difference) -> bool:
+        """Tell whether a difference is one that was allowed before: neither side has moved that time since."""
+        place, name = difference.place, difference.field
+        if name == "mtime to ctime":  # left out where the mtime was set by a call
+            return (place, "mtime") in self._apart and None in (difference.left, difference.right)
+        return (place, name) in self._apart and not {difference.left, difference.right} & _MOVED
 
 
 def _sort_of(value: Value) -> str:
@@ -257,11 +290,16 @@ class Pair:
                 self._right.finish()
 
     def _first_difference(self, plan: Plan) -> Difference | None:
+        apart = TimesApart()
         for index, call in enumerate(plan.calls):
             left, right = self._left.receive(index, call), self._right.receive(index, call)
+            apart.follow(right)
             for difference in _differences(index, call, left, right, plan.depth):
+                if apart.explains(difference):
+                    continue
                 if not any(allows(difference) for allows in self._allowances):
                     return difference
+                apart.allow(difference)
         return None
 
     def accepts_direct(self) -> bool:
