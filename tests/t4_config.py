@@ -113,6 +113,21 @@ def test_attributes_are_cached_for_attr_timeout(mounting: Callable[..., Mount]) 
     assert modes() == [0o600, 0o644]
 
 
+def test_a_move_to_the_same_name_may_be_told_twice(mounting: Callable[..., Mount]) -> None:
+    """The kernel that remembers the old name takes both for links of one file: then rename(2) does nothing."""
+    remembering, asking, moving = mounting("--attr-timeout=3600"), mounting("--attr-timeout=0"), mounting()
+    old, new = name("old"), name("new")
+    (moving.mountpoint / old).write_bytes(b"moved")
+    for mount in (remembering, asking):
+        (mount.mountpoint / old).stat()
+    (moving.mountpoint / old).rename(moving.mountpoint / new)
+    with pytest.raises(FileNotFoundError):
+        (asking.mountpoint / old).rename(asking.mountpoint / new)
+    (remembering.mountpoint / old).rename(remembering.mountpoint / new)
+    for mount in (remembering, asking, moving):
+        assert (mount.mountpoint / new).read_bytes() == b"moved"
+
+
 @shows("mount.op_timeout_s")
 def test_operations_wait_for_op_timeout(place: Path) -> None:
     mnt, patient = place / "mnt", place / "patient"
