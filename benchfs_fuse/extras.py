@@ -18,7 +18,7 @@ from contextlib import nullcontext, suppress
 import trio
 
 from .companion import Companion, Hooks
-from .errors import BadHandle, InvalidArgument, NoDevice
+from .errors import BadHandle, FsError, InvalidArgument, NoDevice
 from .fuse import BenchfsOperations, errno_of
 from .interrupts import Interrupts
 from .model import LOCK_END, LockKind, LockType
@@ -73,10 +73,18 @@ class Extras:
             await main()
             self._nursery.cancel_scope.cancel()
 
-    def _start(self, request: int, name: str, serve: Callable[[], Awaitable[Answer]], changed: int = 0) -> None:
+    def _start(
+        self,
+        request: int,
+        name: str,
+        serve: Callable[[], Awaitable[Answer]],
+        changed: int = 0,
+        take_back: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         """Run a task that serves a request, which changes data of the file handle ``changed``.
 
-        Whoever was freed meanwhile did not tell the kernel so: then it drops its data.
+        Whoever was freed meanwhile did not tell the kernel so: then it drops its data, and ``take_back`` undoes what
+        the caller, who was told EINTR, does not know of.
         """
         unique = self._interrupts.begin()
         started_ns, asked = time.perf_counter_ns(), self._operations.asked()
@@ -102,8 +110,11 @@ class Extras:
                 self._operations.statistics.add(name, started_ns)
                 if recorder is not None and operation is not None:
                     recorder.end_operation(operation, failed)
-                if not self._interrupts.end(unique) and ino:
-                    self._operations.invalidate_data(ino)
+                if not self._interrupts.end(unique):
+                    if ino:
+                        self._operations.invalidate_data(ino)
+                    if take_back is not None:
+                        await take_back()
 
         assert self._nursery is not None, "requests come while the file system is served"
         self._nursery.start_soon(run)
@@ -195,24 +206,36 @@ class Extras:
     def _on_setlk(self, request: int, ino: int, fh: int, owner: int, *lock: int) -> None:
         flock, kind, start, length, pid, wait, unique = lock
 
+        lock_kind, type_ = LockKind.FLOCK if flock else LockKind.POSIX, _TYPES[kind]
+        last = _last(start, length)
+        new: list[tuple[int, int]] = []
+
         async def serve() -> Answer:
             assert self._locks is not None
-            lock_kind, type_ = LockKind.FLOCK if flock else LockKind.POSIX, _TYPES[kind]
-            if type_ is LockType.UNLOCK:
-                await self._files.settle(self._operations.handle(fh))
-            else:
-                self._operations.note_owner(fh, owner, lock_kind)
-            last = _last(start, length)
             waits = wait and type_ is not LockType.UNLOCK  # nothing else is for a signal to end: nobody expects it
             with self._interrupts.waiting(unique) if waits else nullcontext() as scope:
+                if type_ is LockType.UNLOCK:
+                    await self._files.settle(self._operations.handle(fh))
+                else:
+                    await self._operations.begin_lock(fh, owner, lock_kind)
+                before = self._locks.not_held(ino, owner, lock_kind, start, last)
                 await self._locks.set(ino, owner, lock_kind, type_, start, last, bool(wait), pid)
+                if type_ is not LockType.UNLOCK:
+                    new.extend(before)
             if scope is not None and scope.cancelled_caught:
                 return self._reply(request, errno.EINTR)
             if type_ is not LockType.UNLOCK:
                 await self._operations.revalidate(ino)
             return self._reply(request)
 
-        self._start(request, "setlk", serve)
+        async def take_back() -> None:
+            """Unlock what was locked while the caller was freed. It knows nothing of that, or it is dead."""
+            assert self._locks is not None
+            with suppress(FsError):  # the daemon is away: the handle's release tries again
+                for first, end in new:
+                    await self._locks.set(ino, owner, lock_kind, LockType.UNLOCK, first, end)
+
+        self._start(request, "setlk", serve, take_back=take_back)
 
     # ── extended attributes ──────────────────────────────────────────────────────────────────────────────────────────
 

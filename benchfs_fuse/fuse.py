@@ -26,7 +26,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -82,6 +82,9 @@ DEFAULT_ACL = b"system.posix_acl_default"
 #: Attributes that the kernel asks for again and again (the first one before every write) and that hardly any file has:
 #: that an inode has none is remembered for as long as its epoch lasts.
 _ASKED_OFTEN = frozenset({CAPABILITY, b"system.posix_acl_access", DEFAULT_ACL})
+
+#: Who holds locks: the kernel's number of a process or of an open file description, and the kind of lock.
+Owner = tuple[int, LockKind]
 
 T = TypeVar("T")
 H = TypeVar("H", bound=Callable[..., Coroutine[Any, Any, Any]])
@@ -220,8 +223,11 @@ class BenchfsOperations(pyfuse3.Operations):
         self.enable_acl = xattr
         self._told: dict[int, _Told] = {}
         self._handles: dict[int, Handle] = {}
-        #: Who has locked through a handle: gives everything back when that is released.
-        self._owners: dict[int, set[tuple[int, LockKind]]] = {}
+        #: Who has locked through a handle: gives everything back when that is released. Processes do so earlier, when
+        #: they close any handle of the file; open file descriptions (flock, F_OFD_SETLK) only then.
+        self._owners: dict[int, set[Owner]] = {}
+        #: Owners whose locks of an inode are being given back: their next ones come behind that.
+        self._giving_back: dict[tuple[int, Owner], trio.Event] = {}
         self._listings: dict[int, _Listing] = {}
         self._last_fh = 0
         self._buffers: list[bytearray] = []
@@ -699,14 +705,40 @@ class BenchfsOperations(pyfuse3.Operations):
     async def flush(self, fh: int) -> None:
         """Do what close(2) promises; the caller's POSIX locks of the file go (fcntl(2)), behind what he has written."""
         owner = self._companion.request.lock_owner if self._companion is not None else 0
-        await self._watched(self._flush(self.handle(fh), owner))
+        await self._watched(self.flush_for(fh, owner))
 
-    async def _flush(self, handle: Handle, owner: int) -> None:
-        try:
+    async def flush_for(self, fh: int, owner: int) -> None:
+        """Flush a file that a process closes, known by its number as an owner of locks, and give those back."""
+        handle = self.handle(fh)
+        locker = (owner, LockKind.POSIX)
+        for other, owners in self._owners.items():
+            if locker in owners and self._handles[other].ino == handle.ino:
+                owners.discard(locker)  # what this process locks from now on has nothing to do with that handle
+        async with self._unlocking(handle.ino, {locker}):
             await self._files.flush(handle)
+
+    @contextlib.asynccontextmanager
+    async def _unlocking(self, ino: int, owners: Collection[Owner]) -> AsyncIterator[None]:
+        """Give the locks of owners back behind the block, whatever becomes of that; all, though some fail."""
+        if self._locks is None or not owners:
+            yield
+            return
+        done = trio.Event()
+        for owner in owners:
+            self._giving_back[ino, owner] = done
+        try:
+            yield
         finally:
-            if self._locks is not None:
-                await self._locks.drop(handle.ino, owner, LockKind.POSIX)
+            async with contextlib.AsyncExitStack() as drops:
+                drops.callback(self._gave_back, ino, owners, done)
+                for locker, kind in owners:
+                    drops.push_async_callback(self._locks.drop, ino, locker, kind)
+
+    def _gave_back(self, ino: int, owners: Collection[Owner], done: trio.Event) -> None:
+        for owner in owners:
+            if self._giving_back.get((ino, owner)) is done:
+                del self._giving_back[ino, owner]
+        done.set()
 
     async def _watched(self, work: Awaitable[T], changed: int = 0) -> T:
         """Wait for what a request does, and let its caller die meanwhile; before any other await.
@@ -729,21 +761,25 @@ class BenchfsOperations(pyfuse3.Operations):
 
     @guarded
     async def release(self, fh: int) -> None:
-        """Give a handle back, and all locks that were taken through it."""
+        """Give a handle back, and all locks of open file descriptions that were taken through it."""
         handle = self._handles.pop(fh)
         owners = self._owners.pop(fh, set())
         try:
-            if self._locks is not None and owners:
-                await self._files.settle(handle)
-                for owner, kind in owners:
-                    await self._locks.drop(handle.ino, owner, kind)
+            async with self._unlocking(handle.ino, owners):
+                if owners:
+                    await self._files.settle(handle)
         finally:
             await self._files.release(handle)
 
-    def note_owner(self, fh: int, owner: int, kind: LockKind) -> None:
-        """Take note of who is about to lock through a handle. BadHandle."""
-        self.handle(fh)
-        self._owners.setdefault(fh, set()).add((owner, kind))
+    async def begin_lock(self, fh: int, owner: int, kind: LockKind) -> None:
+        """Take note of who is about to lock through a handle, behind what he is giving back. BadHandle.
+
+        RELEASE comes when close(2) has returned long since, and the kernel may have numbered another open file alike.
+        """
+        locker = (owner, kind)
+        while (giving_back := self._giving_back.get((self.handle(fh).ino, locker))) is not None:
+            await giving_back.wait()
+        self._owners.setdefault(fh, set()).add(locker)
 
     async def revalidate(self, ino: int) -> None:
         """Have the kernel drop what it knows of a file if that changed elsewhere: its lock was taken."""
@@ -907,7 +943,8 @@ class BenchfsOperations(pyfuse3.Operations):
         if name == DEFAULT_ACL and not self._granted(CAP_DONT_MASK):
             raise NotSupported("default ACLs")
         await self._files.setxattr(ino, name, value, flags, who)
-        self._told_of(ino).absent = frozenset()
+        told = self._told_of(ino)
+        told.absent, told.absent_epoch = frozenset(), 0  # an answer from before does not count any more
 
     @guarded
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:

@@ -19,7 +19,7 @@ from whole import CHUNK, Client, Whole, whole_cluster
 from benchfs_fuse import errors, fuse
 from benchfs_fuse.chunks.faulty import Rates
 from benchfs_fuse.fuse import BenchfsOperations, errno_of, guarded
-from benchfs_fuse.model import ChunkId, make_ino
+from benchfs_fuse.model import ChunkId, LockKind, LockType, make_ino
 from benchfs_fuse.observe import recording
 from benchfs_fuse.observe.statistics import Statistics
 from benchfs_fuse.rpc.messages import GetAttr, GetXattr, Lookup, ReadDir, Touch
@@ -91,7 +91,14 @@ async def operations(
     whole: Whole, *, xattr: bool = True, cache_timeout_s: float = 1.0, gather_bytes_max: int = 1 << 20
 ) -> AsyncIterator[Mounted]:
     async with whole.client(gather_bytes_max=gather_bytes_max) as client, trio.open_nursery() as nursery:
-        ops = BenchfsOperations(client.namespace, client.files, nursery, cache_timeout_s=cache_timeout_s, xattr=xattr)
+        ops = BenchfsOperations(
+            client.namespace,
+            client.files,
+            nursery,
+            cache_timeout_s=cache_timeout_s,
+            xattr=xattr,
+            locks=client.locks,
+        )
         client.files.on_dropped = ops.invalidate_data
         yield Mounted(ops, client, whole)
 
@@ -436,6 +443,107 @@ async def test_cached_data_stays_unless_somebody_else_changed_the_file(kernel: K
         assert await reopen() == (False, [])  # the attributes were fresh already
         await ops.forget([(entry.st_ino, 1)])
         assert (await reopen())[0] is False
+
+
+async def test_new_and_lost_names_of_our_own_leave_the_data_in_the_cache(kernel: Kernel) -> None:
+    """As an editor does that writes a new file and moves it to the old one's place."""
+    async with mounted() as (ops, _, _):
+        directory = (await ops.mkdir(1, b"d", 0o755, CTX)).st_ino
+        info, entry = await ops.create(directory, b"new", 0o644, os.O_RDWR, CTX)
+        await ops.write(info.fh, 0, b"mine")
+        await ops.flush(info.fh)
+        await ops.release(info.fh)
+        for name in (b"old", b"older"):
+            other, _ = await ops.create(directory, name, 0o644, os.O_RDWR, CTX)
+            await ops.release(other.fh)
+
+        async def keeps() -> bool:
+            info = await ops.open(entry.st_ino, os.O_RDONLY, CTX)
+            await ops.release(info.fh)
+            return info.keep_cache and (entry.st_ino, False) not in kernel.invalidated
+
+        assert await keeps()
+        await ops.rename(directory, b"new", directory, b"old", 0, CTX)
+        assert await keeps()
+        await ops.rename(directory, b"old", directory, b"older", pyfuse3.RENAME_EXCHANGE, CTX)
+        assert await keeps()
+        await ops.rename(directory, b"old", directory, b"older", pyfuse3.RENAME_EXCHANGE, CTX)
+        assert await keeps()
+        await ops.link(entry.st_ino, directory, b"another", CTX)
+        assert await keeps()
+        await ops.unlink(directory, b"another", CTX)
+        assert await keeps()
+
+
+async def lock(mount: Mounted, fh: int, owner: int, kind: LockKind = LockKind.POSIX) -> None:
+    """Lock a file as the companion library has it locked."""
+    await mount.ops.begin_lock(fh, owner, kind)
+    await mount.client.locks.set(mount.ops.handle(fh).ino, owner, kind, LockType.WRITE)
+
+
+async def test_a_handle_that_is_inherited_takes_no_locks_along_that_came_later() -> None:
+    """A process locks, forks, closes, and locks anew; then the child closes its handle, the last one."""
+    parent, child = 7, 8
+    async with mounted() as mount:
+        ops, client, _ = mount
+        info, entry = await ops.create(1, b"f", 0o644, os.O_RDWR, CTX)
+        await lock(mount, info.fh, parent)
+        await ops.flush_for(info.fh, parent)
+        assert client.locks.statistics().ranges == 0
+        again = await ops.open(entry.st_ino, os.O_RDWR, CTX)
+        await lock(mount, again.fh, parent)
+        await ops.flush_for(info.fh, child)
+        await ops.release(info.fh)
+        assert client.locks.statistics().ranges == 1
+        await ops.flush_for(again.fh, parent)
+        await ops.release(again.fh)
+        assert client.locks.statistics() == (0, 0, 0)
+
+
+@pytest.mark.parametrize("kind", list(LockKind))
+async def test_a_late_release_takes_no_lock_along_that_came_later(kind: LockKind) -> None:
+    """RELEASE waits for somebody's writes; meanwhile the same owner (its number may be given anew) locks again."""
+    async with whole_cluster() as whole, operations(whole) as mount, trio.open_nursery() as nursery:
+        ops, client, _ = mount
+        info, entry = await ops.create(1, b"f", 0o644, os.O_RDWR, CTX)
+        other = await ops.open(entry.st_ino, os.O_RDWR, CTX)
+        await lock(mount, info.fh, 7, kind)
+        await ops.write(other.fh, 1000, b"theirs")
+        hold = trio.Event()
+        for store in whole.chunks:
+            store.hold = hold
+        nursery.start_soon(ops.release, info.fh)
+        await wait_all_tasks_blocked()
+        again = await ops.open(entry.st_ino, os.O_RDWR, CTX)
+        nursery.start_soon(lock, mount, again.fh, 7, kind)
+        await wait_all_tasks_blocked()
+        hold.set()
+        await wait_all_tasks_blocked()
+        assert client.locks.statistics().ranges == 1
+        await ops.release(again.fh)
+        await ops.release(other.fh)
+        assert client.locks.statistics() == (0, 0, 0)
+
+
+async def test_all_locks_of_a_handle_are_given_back_though_one_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with mounted() as mount:
+        ops, client, _ = mount
+        info, _ = await ops.create(1, b"f", 0o644, os.O_RDWR, CTX)
+        await lock(mount, info.fh, 7, LockKind.POSIX)
+        await lock(mount, info.fh, 7, LockKind.FLOCK)
+        drop = client.locks.drop
+        failures = [errors.DaemonUnreachable("away")]
+
+        async def fail_once(ino: int, owner: int, kind: LockKind) -> None:
+            await drop(ino, owner, kind)
+            if failures:
+                raise failures.pop()
+
+        monkeypatch.setattr(client.locks, "drop", fail_once)
+        with pytest.raises(FUSEError) as caught:
+            await ops.release(info.fh)
+        assert caught.value.errno == errno.EIO
+        assert client.locks.statistics().ranges == 0
 
 
 async def test_o_trunc_in_open_cuts_the_file(kernel: Kernel) -> None:

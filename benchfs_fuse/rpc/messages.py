@@ -288,12 +288,12 @@ RENAME_EXCHANGE = 2
 class RenameReply(Body, frozen=True):
     """Name the inode that moved, and the one that was replaced or exchanged (0: none).
 
-    ``parents``: attributes of the directories that this daemon holds.
+    ``changed``: attributes of those of them that this daemon holds, and of the directories.
     """
 
     moved: int
     other: int
-    parents: tuple[Attrs, ...] = ()
+    changed: tuple[Attrs, ...] = ()
 
 
 class Rename(Request, frozen=True):

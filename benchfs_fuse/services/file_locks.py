@@ -238,6 +238,13 @@ class FileLocks:
             with suppress(Stale):  # then the daemon has dropped it already
                 await self.set(ino, owner, kind, LockType.UNLOCK)
 
+    def not_held(self, ino: int, owner: int, kind: LockKind, start: int, end: int) -> list[tuple[int, int]]:
+        """Return those ranges of bytes (first and last) of which an owner holds nothing now."""
+        lane = self._lanes.get((ino, owner, kind))
+        if lane is None:
+            return [(start, end)]
+        return [(first, last) for first, last, type_, _ in lane.segments(start, end) if type_ is LockType.UNLOCK]
+
     # ── lanes ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _daemon(self, ino: int) -> int:

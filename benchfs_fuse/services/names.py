@@ -466,8 +466,8 @@ class Names:
         other = 0 if new is None else new.ino
 
         def reply(attrs_of: AttrsOf) -> Body:
-            parents = (attrs_of(parent) for parent in dict.fromkeys((old_parent, new_parent)))
-            return RenameReply(old.ino, other, tuple(attrs for attrs in parents if attrs is not None))
+            inodes = (attrs_of(ino) for ino in dict.fromkeys((old_parent, new_parent, old.ino, other)) if ino)
+            return RenameReply(old.ino, other, tuple(attrs for attrs in inodes if attrs is not None))
 
         return Plan(steps, reply)
 

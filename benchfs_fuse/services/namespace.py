@@ -176,7 +176,7 @@ class Namespace:
         _check_name(name)
         with self._changing(parent) as told:
             reply = await self.link_of(parent).call(Unlink(parent, name), RemoveReply)
-            told.append(reply.parent)
+            told += (reply.parent, reply.attrs)
         return reply
 
     async def rmdir(self, parent: int, name: bytes) -> RemoveReply:
@@ -189,7 +189,7 @@ class Namespace:
 
     @contextmanager
     def _changing(self, *parents: int) -> Iterator[list[Attrs | None]]:
-        """Tell what becomes of directories that are changed; the block appends what the daemon says of them."""
+        """Tell what becomes of directories that are changed; the block appends what the daemon says of all inodes."""
         told: list[Attrs | None] = []
         try:
             yield told
@@ -205,7 +205,7 @@ class Namespace:
         _check_name(name)
         with self._changing(parent) as told:
             reply = await self.link_of(parent).call(LinkRequest(ino, parent, name), LinkReply)
-            told.append(reply.parent)
+            told += (reply.parent, reply.attrs)
         return reply.attrs
 
     async def rename(
@@ -220,7 +220,7 @@ class Namespace:
                 reply = await self.link_of(old_parent).call(request, RenameReply)
             except WrongCoordinator:
                 reply = await self.link_of(ROOT_INO).call(request, RenameReply)
-            told += reply.parents
+            told += reply.changed
         return reply
 
     async def readdir(self, ino: int, cookie: int = 0, count: int = READDIR_ENTRIES_MAX) -> Page:
