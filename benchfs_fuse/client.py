@@ -62,6 +62,8 @@ log = logging.getLogger(__name__)
 COMPLETE_TIMEOUT_S = 30.0
 #: Seconds to connect to daemons that say that they are there.
 CONNECT_TIMEOUT_S = 15.0
+#: Seconds to flush behind a program that failed or was cancelled and wants to end.
+LEAVE_TIMEOUT_S = 10.0
 #: Symbolic links followed in one path: MAXSYMLINKS of Linux (include/linux/namei.h).
 SYMLINKS_MAX = 40
 #: Times that a file is opened again that was replaced or made between looking and opening.
@@ -499,19 +501,43 @@ async def open_cluster(
     uid: int | None = None,
     gid: int | None = None,
 ) -> AsyncIterator[FileSystem]:
-    """Open a cluster by its registry directory; at the end everything is flushed and every file closed.
+    """Open a cluster by its registry directory; at the end, however it comes, all is flushed and every file closed.
 
     What is made belongs to ``uid`` and ``gid``, by default those of this process. One open cluster is one session:
     locks, caches and accepted writes are its own. UserError when the cluster cannot be reached or does not let us in.
     """
-    async with open_session(
-        Path(registry), settings or Settings(), kind="tool", label=f"{Path(sys.argv[0]).name or 'python'}"
-    ) as session:
-        yield FileSystem(
-            session.namespace,
-            session.files,
-            session.locks,
-            os.geteuid() if uid is None else uid,
-            os.getegid() if gid is None else gid,
-        )
-        await session.files.leave()
+    failure: Exception | None = None
+    ended = trio.Event()
+    scope = trio.CancelScope()
+
+    async def be_session(task_status: trio.TaskStatus[Session]) -> None:
+        label = Path(sys.argv[0]).name or "python"
+        with scope:
+            async with open_session(Path(registry), settings or Settings(), kind="tool", label=label) as session:
+                scope.shield = True  # it outlives a block that is cancelled, and flushes what that has written
+                task_status.started(session)
+                await ended.wait()
+                await session.files.leave()
+
+    async with trio.open_nursery() as nursery:
+        in_order = False
+        try:
+            session = await nursery.start(be_session)
+            yield FileSystem(
+                session.namespace,
+                session.files,
+                session.locks,
+                os.geteuid() if uid is None else uid,
+                os.getegid() if gid is None else gid,
+            )
+            in_order = True
+        except Exception as error:  # noqa: BLE001  raised below, where no nursery wraps it into a group
+            failure = error
+        finally:
+            if not in_order:
+                scope.deadline = trio.current_time() + LEAVE_TIMEOUT_S
+            ended.set()
+    if scope.cancelled_caught:
+        log.warning("not everything could be flushed in %.0f s", LEAVE_TIMEOUT_S)
+    if failure is not None:
+        raise failure

@@ -131,8 +131,7 @@ class Extras:
             handle = self._operations.handle(fh)
             await self._files.drop_privileges(handle, who)
             await self._files.fallocate(handle, mode, offset, length)
-            if handle.syncs:
-                await self._files.fsync(handle)
+            await self._operations.sync_data(handle)
             return self._reply(request)
 
         self._start(request, "fallocate", serve, changed=fh)
@@ -183,8 +182,7 @@ class Extras:
             source, target = self._operations.handle(fh), self._operations.handle(target_fh)
             await self._files.drop_privileges(target, who)
             copied = await self._files.copy_range(source, offset, target, target_offset, length)
-            if target.syncs:
-                await self._files.fsync(target)
+            await self._operations.sync_data(target)
             return functools.partial(self._companion.reply_count, request, copied)
 
         self._start(request, "copy_file_range", serve, changed=target_fh)

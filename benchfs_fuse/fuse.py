@@ -195,7 +195,11 @@ class _Listing:
 
 
 class BenchfsOperations(pyfuse3.Operations):
-    """Serve the kernel's requests. ``nursery`` runs what must not be waited for within a request."""
+    """Serve the kernel's requests. ``nursery`` runs what must not be waited for within a request.
+
+    ``sync`` and ``dirsync`` are the mount options: behind writes through its cache the kernel calls fsync itself, the
+    rest is synced here.
+    """
 
     supports_dot_lookup = True
     enable_writeback_cache = False
@@ -211,7 +215,11 @@ class BenchfsOperations(pyfuse3.Operations):
         companion: Companion | None = None,
         interrupts: Interrupts | None = None,
         locks: FileLocks | None = None,
+        sync: bool = False,
+        dirsync: bool = False,
     ) -> None:
+        self._sync = sync
+        self._dirsync = sync or dirsync
         self._namespace = namespace
         self._files = files
         self._nursery = nursery
@@ -422,6 +430,8 @@ class BenchfsOperations(pyfuse3.Operations):
             attrs = await (self._watched(change, inode) if size is not None else change)
         except Stale:
             attrs = self._change_removed(inode, mode, uid, gid, atime_ns, mtime_ns)
+        if self._sync:
+            await self._namespace.sync_names()
         return self._entry(attrs)
 
     def _change_removed(
@@ -458,6 +468,7 @@ class BenchfsOperations(pyfuse3.Operations):
         self._check_gone(parent)
         umask = 0 if target else self._umask(ctx)
         attrs = await self._namespace.make(parent, name, mode, ctx.uid, ctx.gid, rdev=rdev, target=target, umask=umask)
+        await self._sync_names()
         return self._new(parent, name, self._files.known.see(attrs))
 
     def _umask(self, ctx: RequestContext) -> int:
@@ -488,11 +499,13 @@ class BenchfsOperations(pyfuse3.Operations):
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         """Remove a name that is not a directory's."""
         self._removed(parent_inode, (await self._namespace.unlink(parent_inode, name)).ino)
+        await self._sync_names()
 
     @guarded
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         """Remove an empty directory."""
         self._removed(parent_inode, (await self._namespace.rmdir(parent_inode, name)).ino)
+        await self._sync_names()
 
     def _removed(self, parent: int, ino: int) -> None:
         self._changed(parent)
@@ -507,6 +520,7 @@ class BenchfsOperations(pyfuse3.Operations):
         self._check_gone(new_parent_inode)
         attrs = await self._namespace.link(inode, new_parent_inode, new_name)
         self._changed(new_parent_inode)
+        await self._sync_names()
         return self._entry(await self._files.fresh(attrs))
 
     @guarded
@@ -527,6 +541,17 @@ class BenchfsOperations(pyfuse3.Operations):
             self._changed(parent_inode_new)
         else:
             self._removed(parent_inode_new, reply.other)
+        await self._sync_names()
+
+    async def _sync_names(self) -> None:
+        """Bring a change of names to stable storage, where the mount options ask for that."""
+        if self._dirsync:
+            await self._namespace.sync_names()
+
+    async def sync_data(self, handle: Handle) -> None:
+        """Bring what was written past the kernel's cache to stable storage, if open(2) or mount(8) asked for that."""
+        if handle.syncs or self._sync:
+            await self._files.fsync(handle)
 
     # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -623,9 +648,19 @@ class BenchfsOperations(pyfuse3.Operations):
         ESTALE has it look the name up and open what it finds.
         """
         self._check_gone(parent_inode)
-        creation = self._files.create(parent_inode, name, mode, ctx.uid, ctx.gid, flags, self._umask(ctx))
+
+        async def creation() -> Handle:
+            handle = await self._files.create(parent_inode, name, mode, ctx.uid, ctx.gid, flags, self._umask(ctx))
+            try:
+                await self._sync_names()
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self._files.release(handle)
+                raise
+            return handle
+
         try:
-            handle = await self._taken(creation, self._files.release)
+            handle = await self._taken(creation(), self._files.release)
         except Exists:
             if flags & os.O_EXCL:
                 raise
@@ -690,8 +725,7 @@ class BenchfsOperations(pyfuse3.Operations):
             length = await self._files.write(handle, 0, buf, who)
         finally:
             await self._drop_tail(handle)
-        if handle.syncs:
-            await self._files.fsync(handle)
+        await self.sync_data(handle)
         return length
 
     async def _drop_tail(self, handle: Handle) -> None:

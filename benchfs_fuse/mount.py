@@ -135,6 +135,8 @@ class Mount:
                 companion=library,
                 interrupts=interrupts,
                 locks=locks,
+                sync="sync" in self._options.fuse_options,
+                dirsync="dirsync" in self._options.fuse_options,
             )
             session.files.on_dropped = operations.invalidate_data
             serve = fuse.serve

@@ -22,7 +22,7 @@ from benchfs_fuse.fuse import BenchfsOperations, errno_of, guarded
 from benchfs_fuse.model import ChunkId, LockKind, LockType, make_ino
 from benchfs_fuse.observe import recording
 from benchfs_fuse.observe.statistics import Statistics
-from benchfs_fuse.rpc.messages import GetAttr, GetXattr, Lookup, ReadDir, Touch
+from benchfs_fuse.rpc.messages import GetAttr, GetXattr, Lookup, ReadDir, SyncChunks, SyncMeta, Touch
 from benchfs_fuse.services import namespace
 
 
@@ -88,7 +88,13 @@ class Mounted(NamedTuple):
 
 @asynccontextmanager
 async def operations(
-    whole: Whole, *, xattr: bool = True, cache_timeout_s: float = 1.0, gather_bytes_max: int = 1 << 20
+    whole: Whole,
+    *,
+    xattr: bool = True,
+    cache_timeout_s: float = 1.0,
+    gather_bytes_max: int = 1 << 20,
+    sync: bool = False,
+    dirsync: bool = False,
 ) -> AsyncIterator[Mounted]:
     async with whole.client(gather_bytes_max=gather_bytes_max) as client, trio.open_nursery() as nursery:
         ops = BenchfsOperations(
@@ -98,6 +104,8 @@ async def operations(
             cache_timeout_s=cache_timeout_s,
             xattr=xattr,
             locks=client.locks,
+            sync=sync,
+            dirsync=dirsync,
         )
         client.files.on_dropped = ops.invalidate_data
         yield Mounted(ops, client, whole)
@@ -836,6 +844,73 @@ async def test_listing_and_reading_links_set_access_times_once(kernel: Kernel) -
         assert whole.network.calls[Touch.op] == 2
         assert (await ops.getattr(entry.st_ino, CTX)).st_atime_ns > 1
         assert (await ops.getattr(1, CTX)).st_atime_ns > 1
+
+
+@pytest.mark.parametrize(
+    ("option", "syncs_data", "syncs_names", "syncs_attributes"),
+    [(None, 0, 0, 0), ("dirsync", 0, 1, 0), ("sync", 1, 1, 1)],
+)
+async def test_what_is_mounted_sync_or_dirsync_syncs_what_the_kernel_does_not(
+    option: str | None, syncs_data: int, syncs_names: int, syncs_attributes: int
+) -> None:
+    async with mounted(**({option: True} if option else {})) as (ops, _, whole):
+        directory = (await ops.mkdir(1, b"d", 0o755, CTX)).st_ino
+        fields_of_mode, values = fields("mode"), change(st_mode=0o600)
+
+        async def syncs(work: Awaitable[object]) -> tuple[int, int]:
+            """Say how many requests to sync chunks, and names on all daemons, an operation makes."""
+            whole.network.calls.clear()
+            await work
+            calls = whole.network.calls
+            return calls[SyncChunks.op], calls[SyncMeta.op]
+
+        info, entry = await ops.create(directory, b"f", 0o644, os.O_RDWR | os.O_APPEND, CTX)
+        data, names = await syncs(ops.write(info.fh, 0, b"appended"))
+        assert (data > 0, names > 0) == (bool(syncs_data), bool(syncs_data))
+        everywhere = len(whole.chunks)
+        for work in (
+            lambda: ops.mkdir(directory, b"dd", 0o755, CTX),
+            lambda: ops.rmdir(directory, b"dd", CTX),
+            lambda: ops.mknod(directory, b"n", stat.S_IFREG | 0o644, 0, CTX),
+            lambda: ops.symlink(directory, b"s", b"target", CTX),
+            lambda: ops.create(directory, b"g", 0o644, os.O_RDWR, CTX),
+            lambda: ops.link(entry.st_ino, directory, b"l", CTX),
+            lambda: ops.rename(directory, b"l", directory, b"m", 0, CTX),
+            lambda: ops.unlink(directory, b"m", CTX),
+        ):
+            assert (await syncs(work()))[1] == syncs_names * everywhere
+        changed = await syncs(ops.setattr(entry.st_ino, values, fields_of_mode, None, CTX))
+        assert changed[1] == syncs_attributes * everywhere
+
+
+async def test_an_attribute_that_was_set_meanwhile_is_not_remembered_as_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with mounted() as (ops, client, _), trio.open_nursery() as nursery:
+        _, entry = await ops.create(1, b"f", 0o644, os.O_RDWR, CTX)
+        await ops.setxattr(entry.st_ino, b"user.a", b"1", CTX)
+        answered, go_on = trio.Event(), trio.Event()
+        getxattr = client.namespace.getxattr
+
+        async def late(ino: int, name: bytes) -> bytes:
+            try:
+                return await getxattr(ino, name)
+            finally:
+                answered.set()
+                await go_on.wait()
+
+        async def ask() -> None:
+            with pytest.raises(FUSEError):
+                await ops.getxattr(entry.st_ino, b"security.capability", CTX)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(client.namespace, "getxattr", late)
+            nursery.start_soon(ask)
+            await answered.wait()
+            await ops.setxattr(entry.st_ino, b"security.capability", b"set", CTX)
+            go_on.set()
+            await wait_all_tasks_blocked()
+        assert await ops.getxattr(entry.st_ino, b"security.capability", CTX) == b"set"
 
 
 async def test_lookups_are_one_request() -> None:

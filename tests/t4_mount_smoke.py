@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 from cluster import Cluster, Mount, running_cluster
 
 from benchfs_fuse import control, kernel_mounts
-from benchfs_fuse.client import open_cluster
+from benchfs_fuse.client import FileSystem, open_cluster
 from benchfs_fuse.errors import NotFound, UserError
 from benchfs_fuse.limits import MIB
 
@@ -189,6 +190,27 @@ async def test_a_program_without_fuse_sees_the_same_files(cluster: Cluster, moun
         await visit()
     assert (mount.mountpoint / "made by the program").read_bytes() == b"2" * 10_000_000
     assert (mount.mountpoint / "made by the program").stat().st_uid == os.geteuid()
+
+
+async def test_what_a_program_wrote_is_flushed_though_it_fails_or_is_cancelled(cluster: Cluster, mount: Mount) -> None:
+    async def write(fs: FileSystem, name: str) -> None:
+        await (await fs.open(f"/{name}", os.O_RDWR | os.O_CREAT)).write(name.encode(), 0)
+
+    async def fail() -> None:
+        async with open_cluster(cluster.registry) as fs:
+            await write(fs, "failed")
+            raise RuntimeError("the program's own")
+
+    with pytest.raises(RuntimeError, match="the program's own"):
+        await fail()
+    with trio.CancelScope() as scope:
+        async with open_cluster(cluster.registry) as fs:
+            await write(fs, "cancelled")
+            scope.cancel()
+            await trio.sleep_forever()
+    assert scope.cancelled_caught
+    for name in ("failed", "cancelled"):
+        assert (mount.mountpoint / name).read_bytes() == name.encode()
 
 
 async def test_a_program_is_told_in_a_sentence_what_is_wrong(tmp_path: Path) -> None:
