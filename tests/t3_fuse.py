@@ -1,14 +1,16 @@
 """The handlers of the FUSE adapter, called without a mount, over a whole cluster in one process."""
 
 import errno
+import fcntl
 import logging
 import os
 import stat
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any, NamedTuple, cast
 
+import msgspec
 import pyfuse3
 import pytest
 import trio
@@ -18,6 +20,7 @@ from whole import CHUNK, Client, Whole, whole_cluster
 
 from benchfs_fuse import errors, fuse
 from benchfs_fuse.chunks.faulty import Rates
+from benchfs_fuse.extras import Extras
 from benchfs_fuse.fuse import BenchfsOperations, errno_of, guarded
 from benchfs_fuse.model import ChunkId, LockKind, LockType, make_ino
 from benchfs_fuse.observe import recording
@@ -844,6 +847,55 @@ async def test_listing_and_reading_links_set_access_times_once(kernel: Kernel) -
         assert whole.network.calls[Touch.op] == 2
         assert (await ops.getattr(entry.st_ino, CTX)).st_atime_ns > 1
         assert (await ops.getattr(1, CTX)).st_atime_ns > 1
+
+
+class Library:
+    """Stand for the companion library: take answers."""
+
+    def __init__(self) -> None:
+        self.answers: list[tuple[int, int]] = []
+
+    def reply_error(self, request: int, error: int) -> None:
+        self.answers.append((request, error))
+
+
+class Freeing:
+    """Stand for Interrupts: the caller of every request was freed by a signal when it was done."""
+
+    def begin(self, *, watch: bool = False) -> int:
+        return 1
+
+    def end(self, unique: int) -> bool:
+        return False
+
+    def waiting(self, unique: int) -> AbstractContextManager[trio.CancelScope]:
+        return trio.CancelScope()
+
+    def signal(self, unique: int) -> None:
+        raise AssertionError("nobody sends one")
+
+
+async def test_a_lock_whose_caller_was_told_eintr_is_taken_back() -> None:
+    """The signal came behind the grant, while the file was asked for: what was held before stays."""
+    async with mounted() as mount:
+        ops, client, _ = mount
+        info, entry = await ops.create(1, b"f", 0o644, os.O_RDWR, CTX)
+        await ops.begin_lock(info.fh, 7, LockKind.POSIX)
+        await client.locks.set(entry.st_ino, 7, LockKind.POSIX, LockType.READ, 10, 19)
+        library = Library()
+        extras = Extras(cast(Any, library), ops, client.files, client.locks, cast(Any, Freeing()), xattr=True)
+
+        async def ask() -> None:
+            hooks = extras.hooks()
+            assert hooks.setlk is not None
+            hooks.setlk(5, entry.st_ino, info.fh, 7, 0, fcntl.F_WRLCK, 0, 100, 1, 1, 1)
+            await wait_all_tasks_blocked()
+
+        await extras.serve(ask)
+        assert library.answers == [(5, 0)]  # which nobody took
+        assert [claim[4:6] for claim in map(msgspec.structs.astuple, client.locks.claims())] == [(10, 19)]
+        await ops.flush_for(info.fh, 7)
+        assert client.locks.statistics() == (0, 0, 0)
 
 
 @pytest.mark.parametrize(

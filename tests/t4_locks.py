@@ -262,6 +262,27 @@ def test_who_waits_goes_on_when_the_holder_is_killed(
     assert said(waiter) == b"g"
 
 
+def test_a_child_that_ends_takes_no_lock_of_its_parent_along(mountpoint: Path, mountpoint2: Path) -> None:
+    """The parent has closed what both shared, and locks the file anew: the last close of the old one is another's."""
+    path = mountpoint / "inherited"
+    path.touch()
+    first = take(path, "posix")
+    reader, writer = os.pipe()
+    with subprocess.Popen(["cat"], stdin=reader, pass_fds=[first]) as child:
+        os.close(reader)
+        os.close(first)
+        second = take(path, "posix")
+        os.close(writer)
+        assert child.wait(SOON_S) == 0
+    try:
+        (mountpoint / "behind it").touch()  # RELEASE was sent before this, and its requests go on in order
+        with pytest.raises(BlockingIOError):
+            os.close(take(mountpoint2 / "inherited", "posix"))
+    finally:
+        os.close(second)
+    os.close(take(mountpoint2 / "inherited", "posix"))
+
+
 def test_a_deadlock_of_two_mounts_is_refused(
     mountpoint: Path, mountpoint2: Path, waiters: list["subprocess.Popen[bytes]"]
 ) -> None:
