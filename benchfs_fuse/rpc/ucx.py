@@ -127,6 +127,8 @@ POLLS_PER_TURN = 8
 #: A send that cannot go on because the peer takes nothing is polled at leisure after this many nanoseconds.
 STALL_NS = 20_000_000
 STALL_POLL_S = 0.001
+#: Receives of control messages that may be missing at once: then they are posted anew at once.
+TAKEN_MAX = CONTROL_RECEIVES // 2
 #: How often an idle worker may be found busy while it is armed on the way, before its task is woken to see to it.
 SETTLE_TRIES = 8
 #: Seconds for the meeting socket to say what it knows, when UCX has failed first. A dead process's sockets close within
@@ -297,8 +299,8 @@ class UcxChannel:
         self._verdict = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
         self._asleep: trio.CancelScope | None = None
-        #: When UCX last had something to do.
-        self._active_ns = 0
+        #: When UCX last had something to do, and when the other end last asked for something.
+        self._active_ns = self._asked_ns = 0
         # What this end asks.
         self._calls: dict[int, _Call] = {}
         self._room = trio.Semaphore(IN_FLIGHT_MAX)
@@ -320,6 +322,9 @@ class UcxChannel:
         self._sends: list[tuple[Any, Any, Callable[[], None] | None]] = []
         memory = memoryview(mmap.mmap(-1, CONTROL_RECEIVES * _CONTROL_SIZE + BULK_SLOTS * PAYLOAD_MAX))
         pieces = [memory[i * _CONTROL_SIZE :][:_CONTROL_SIZE] for i in range(CONTROL_RECEIVES)]
+        #: Control messages that have come and whose receives are posted anew when there is time: at the next poll that
+        #: finds nothing. Whoever has got his answer does not wait for that.
+        self._taken: list[tuple[memoryview, Any]] = []
         self._control: deque[tuple[memoryview, Any, Any]] = deque(
             (piece, self._ucx.Array(piece), None) for piece in pieces
         )
@@ -548,6 +553,7 @@ class UcxChannel:
 
     def _on_request(self, frame: frames.Frame) -> None:
         self._serving += 1
+        self._asked_ns = self._active_ns
         if self._serving > IN_FLIGHT_MAX:
             raise ProtocolError(f"more than {IN_FLIGHT_MAX} requests under way")
         if frame.want > INLINE_MAX:
@@ -707,6 +713,12 @@ class UcxChannel:
             self._failed = True
             self._verdict.deadline = trio.current_time() + VERDICT_S
 
+    def _post_control(self) -> None:
+        """Post the receives of control messages anew that have come."""
+        for view, array in self._taken:
+            self._control.append((view, array, self._worker.tag_recv(array, self._ucx.control_tag)))
+        self._taken.clear()
+
     def _post_slot(self, slot: _Slot) -> None:
         slot.frame = None
         slot.receive = self._worker.tag_recv(slot.array, slot.tag)
@@ -719,6 +731,11 @@ class UcxChannel:
         if not progress():
             if self._sends:
                 self._reap_sends()
+            if self._taken:
+                try:
+                    self._post_control()
+                except self._ucx.Error:
+                    self._fail()
             return False
         while progress():
             pass
@@ -745,7 +762,7 @@ class UcxChannel:
         stays in a variable while handlers run.
         """
         control = self._control
-        while self._ending is None and control[0][2].completed:
+        while self._ending is None and control and control[0][2].completed:
             view, array, receive = control.popleft()
             receive.check_error()
             del receive
@@ -755,7 +772,9 @@ class UcxChannel:
                 self._on_reply(frame)
             else:
                 self._on_request(frame)
-            control.append((view, array, self._worker.tag_recv(array, self._ucx.control_tag)))
+            self._taken.append((view, array))
+            if len(self._taken) == TAKEN_MAX:
+                self._post_control()
         if self._filling:
             filled = [slot for slot in self._filling if slot.receive.completed]
             if filled:
@@ -869,7 +888,9 @@ class UcxChannel:
             now = time.perf_counter_ns()
             if now - began_ns > engine.contended_ns:
                 rest = losses = min(2 * losses + 1, REST_MAX)
-            if (rest or now - self._active_ns >= engine.spin_ns) and self._may_sleep() and worker.arm():
+            # Who waits for no answer, and is asked for nothing, has nothing to poll for: a mount between two calls.
+            awaited_ns = self._active_ns if self._calls or self._serving else self._asked_ns
+            if (rest or now - awaited_ns >= engine.spin_ns) and self._may_sleep() and worker.arm():
                 rest = max(0, rest - 1)
                 losses = losses if rest else losses // 2
                 counters.sleeps += 1
@@ -917,6 +938,7 @@ class UcxChannel:
         del sends
         self._sends, self._landing, self._filling = [], [], []
         self._control.clear()
+        self._taken.clear()
         for slot in self._bulk:
             slot.receive = None
         self._bulk.clear()
