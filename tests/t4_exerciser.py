@@ -11,7 +11,7 @@ from benchfs_fuse.testing.sides import space_modes
 pytest_plugins = ("mounts",)
 
 OPS = {Mode.MIXED: 600, Mode.DIRECT: 300, Mode.REGIONS: 60, Mode.APPEND: 60}
-LONG = 20
+LONG = 10
 
 
 def test_space_is_exercised_where_it_is_managed(mountpoint: Path) -> None:
