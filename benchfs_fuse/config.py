@@ -76,7 +76,7 @@ class MountSettings:
         1.0, "how long an accepted write may stay in the mount's memory", unit="s", low=0.001, high=_HOUR_S
     )
     spin_us: int = _key(
-        200, "how long to poll for a reply before going to sleep; 0 sleeps at once", unit="µs", high=100_000
+        200, "how long to poll for a reply before going to sleep; 0 sleeps at once", unit="µs", high=2000
     )
 
 

@@ -82,7 +82,7 @@ def test_switches_go_both_ways() -> None:
         ("[mount]\nattr_timeout_s = nan", "mount.attr_timeout_s cannot be nan"),
         ("[mount]\nattr_timeout_s = true", "mount.attr_timeout_s cannot be True"),
         ("[mount]\nattr_timeout_s = '1'", "mount.attr_timeout_s cannot be '1'"),
-        ("[mount]\nspin_us = 1.5", "mount.spin_us cannot be 1.5: a whole number from 0 to 100000 µs"),
+        ("[mount]\nspin_us = 1.5", "mount.spin_us cannot be 1.5: a whole number from 0 to 2000 µs"),
         ("[mount]\nxattr = 'yes'", "mount.xattr cannot be 'yes': true or false"),
         ("[mount]\nxattr = 1", "mount.xattr cannot be 1: true or false"),
         (
