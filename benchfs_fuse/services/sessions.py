@@ -10,10 +10,11 @@ retry. It ends
 - when nothing was heard of it for the lease;
 - when another daemon says that it has ended there (``Expel``).
 
-A session that held files open for writing and ends without Goodbye is expelled from every daemon before its files are
-trimmed to their published size: nothing that it still had under way can land behind the trim. That a client was
-expelled is remembered for ever (F records), what it had open for writing until that is dealt with (W records), so that
-a crash in between is made good after the next start.
+A session that held anything open here, or may have (it has not reclaimed yet), and ends without Goodbye is expelled
+from every daemon before anything of it is given to others: its locks, the space of what it had open and unlinked, its
+files, which are trimmed to their published size. Nothing that it still had under way, at whichever daemon, can land
+behind that, and it reads nothing that has gone. That a client was expelled is remembered for ever (F records), what it
+had open for writing until that is dealt with (W records), so that a crash in between is made good after the next start.
 
 After a start, the sessions of the last incarnation have a lease's time to come back and reclaim their handles and
 locks (the grace). Until all have done so, or have been ended, no inode counts as unused, and nobody gets a new lock.
@@ -280,11 +281,12 @@ class SessionTable:
         }
         session.clean = session.clean and not written
         if not session.clean:
-            if written:
+            held = bool(written or session.opens or not session.reclaimed)
+            if held:
                 self._store.write([(disk.key(disk.FENCED, client_id), b"")])
             if session.channel is not None:
                 await session.channel.aclose()
-            if written:
+            if held:
 
                 async def expel(daemon_id: int) -> None:
                     await peers.call(daemon_id, Expel(client_id), Done)
