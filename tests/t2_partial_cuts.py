@@ -8,8 +8,9 @@ from trio.testing import MockClock
 from whole import Client, Whole, whole_cluster
 
 from benchfs_fuse.client import File
-from benchfs_fuse.errors import Stale
+from benchfs_fuse.errors import Stale, WouldBlock
 from benchfs_fuse.model import LockKind, LockType
+from benchfs_fuse.rpc.memory import MemoryNode
 
 OWNER = 7
 
@@ -96,3 +97,66 @@ async def test_who_does_not_come_back_after_a_restart_is_expelled_everywhere(aut
             await lock(two, waiting)
             with pytest.raises(Stale):
                 await write_late(mine)
+
+
+def cut_off(whole: Whole, daemon_id: int, *clients: Client) -> list[tuple[MemoryNode, MemoryNode]]:
+    """Cut a daemon off from all others and these clients; return what to heal."""
+    daemons = whole.cluster.daemons
+    others = [daemon.node for daemon in daemons if daemon.daemon_id != daemon_id]
+    pairs = [(daemons[daemon_id].node, node) for node in [*others, *[client.node for client in clients]]]
+    for pair in pairs:
+        whole.network.partition(*pair)
+    return pairs
+
+
+@pytest.mark.parametrize("leases", [0.7, 1.1, 1.7, 4.0])
+@pytest.mark.parametrize("holds", [False, True])
+async def test_a_daemon_that_is_cut_off_expels_nobody(holds: bool, leases: float, autojump_clock: MockClock) -> None:
+    """Its clients are as far away as all other daemons: it is its own network that is gone."""
+    async with whole_cluster(2) as whole, whole.client() as one, whole.client() as two:
+        path = await file_on(whole, one, 0)
+        if holds:
+            mine = await one.fs.open(path, os.O_RDWR)
+            await lock(one, mine)
+        pairs = cut_off(whole, 0, one, two)
+        await trio.sleep(leases * whole.cluster.lease_s)
+        for pair in pairs:
+            whole.network.heal(*pair)
+        assert await one.fs.listdir("/") == await two.fs.listdir("/")
+        if holds:
+            await mine.write(b"still", 0)
+            await mine.fsync()
+            async with await two.fs.open(path) as theirs:
+                with pytest.raises(WouldBlock):
+                    await two.locks.set(theirs.ino, OWNER, LockKind.FLOCK, LockType.WRITE, wait=False)
+        assert not one.links.expelled.is_set()
+        assert not two.links.expelled.is_set()
+
+
+async def test_after_a_daemon_was_cut_off_who_is_silent_is_ended_again(autojump_clock: MockClock) -> None:
+    async with whole_cluster(2) as whole, whole.client() as one:
+        await one.fs.open(await file_on(whole, one, 0))
+        pairs = cut_off(whole, 0, one)
+        await trio.sleep(2 * whole.cluster.lease_s)
+        whole.network.heal(*pairs[0])  # the other daemon is back, the client is not
+        await trio.sleep(2 * whole.cluster.lease_s)
+        assert one.links.expelled.is_set()
+
+
+@pytest.mark.parametrize("holds", [False, True])
+async def test_a_session_that_held_nothing_is_begun_anew(holds: bool, autojump_clock: MockClock) -> None:
+    """A lone daemon cannot tell who of the two is cut off."""
+    async with whole_cluster(1) as whole, whole.client() as one:
+        file = await one.fs.open("/f", os.O_CREAT | os.O_RDWR)
+        if not holds:
+            await file.close()
+        (pair,) = cut_off(whole, 0, one)
+        await trio.sleep(2 * whole.cluster.lease_s)
+        whole.network.heal(*pair)
+        if holds:
+            with pytest.raises(Stale):
+                await one.fs.listdir("/")
+        else:
+            assert await one.fs.listdir("/") == [b"f"]
+            await one.fs.mkdir("/d")
+        assert one.links.expelled.is_set() == holds
