@@ -30,10 +30,9 @@ CAP_AUTO_INVAL_DATA = 1 << 12
 CAP_PARALLEL_DIROPS = 1 << 18
 CAP_EXPLICIT_INVAL_DATA = 1 << 25
 
-#: Flags of SETATTR and of WRITE requests: FATTR_* and FUSE_WRITE_* of linux/fuse.h.
+#: Flags of SETATTR requests: FATTR_* of linux/fuse.h.
 ATIME_NOW = 1 << 7
 MTIME_NOW = 1 << 8
-WRITE_KILL_SUIDGID = 1 << 2
 
 #: Where the library is, if it was built, and how its name begins.
 DIRECTORY = Path(__file__).parent
