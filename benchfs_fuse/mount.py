@@ -25,7 +25,7 @@ from .client import Session, open_session
 from .errors import FsError, UserError
 from .interrupts import Interrupts, hush
 from .limits import KIB
-from .processes import identify, is_dying, say_ready
+from .processes import identify, is_dying, is_held, say_ready
 from .rpc.messages import StatusReply
 from .scheduling import wish_short_slices
 from .services.parallel import each
@@ -123,7 +123,7 @@ class Mount:
         ):
             library, interrupts, locks = self._library, None, None
             if library is not None:
-                interrupts = Interrupts(library, session.links, is_dying)
+                interrupts = Interrupts(library, session.links, is_dying, is_held)
                 await nursery.start(interrupts.run)
                 locks = session.locks if settings.locks else None
             operations = fuse.BenchfsOperations(
