@@ -209,6 +209,17 @@ def copy_large(at: At) -> Iterator[Measure]:
     yield out("warm")
 
 
+def copy_inside(at: At) -> Iterator[Measure]:
+    """Copy a large file from one place inside to another, with cp: some file systems do that by themselves."""
+    source, inside, copy = at.scratch / "large", at.place / "large", at.place / "copy"
+    _run("cp", "--", source, inside)
+    at.cold(inside)
+    _run("cp", "--version")
+    time_ns = _timed_ns(lambda: _run("cp", "--", inside, copy))
+    _run("cmp", "--", source, copy)
+    yield Measure("large inside", "cold", time_ns, 0, at.sizes.large_size)
+
+
 _DD_TIME = re.compile(r"copied, ([0-9.e+-]+) s")
 
 
@@ -499,6 +510,7 @@ Work = Callable[[At], Iterator[Measure]]
 WORKS: dict[str, Work] = {
     "copy a tree": copy_tree,
     "copy a large file": copy_large,
+    "copy a large file inside": copy_inside,
     "dd": copy_dd,
     "fio": run_fio,
     "names": work_on_names,
