@@ -24,7 +24,6 @@ from . import __version__, companion, config, control, kernel_mounts, mountpoint
 from .client import Session, open_session
 from .errors import FsError, UserError
 from .interrupts import Interrupts, hush
-from .limits import KIB
 from .processes import identify, is_dying, is_held, say_ready
 from .rpc.messages import StatusReply
 from .scheduling import wish_short_slices
@@ -91,7 +90,6 @@ def prepare(library: companion.Companion, hooks: companion.Hooks) -> None:
         unwanted=UNWANTED,
         max_background=MAX_BACKGROUND,
         congestion_threshold=CONGESTION_THRESHOLD,
-        max_readahead=READ_AHEAD_KB * KIB,
     )
     library.hook(hooks)
     hush()

@@ -64,10 +64,7 @@ class Request(ctypes.Structure):
 
 
 class _Wishes(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_uint32)
-        for name in ("want", "unwanted", "max_background", "congestion_threshold", "max_readahead")
-    )
+    _fields_ = tuple((name, ctypes.c_uint32) for name in ("want", "unwanted", "max_background", "congestion_threshold"))
 
 
 class _Granted(ctypes.Structure):
@@ -132,17 +129,14 @@ class Companion:
         self._write_back = _function(library, "benchfs_write_back", _U64, _I64, _I64)
         library.benchfs_asked.argtypes, library.benchfs_asked.restype = [_U64], ctypes.c_uint32
 
-    def wish(
-        self, *, want: int, unwanted: int, max_background: int, congestion_threshold: int, max_readahead: int
-    ) -> None:
+    def wish(self, *, want: int, unwanted: int, max_background: int, congestion_threshold: int) -> None:
         """Say what the connection shall be, before the file system is mounted; ``granted`` tells what came of it.
 
-        ``want`` and ``unwanted`` are capabilities; ``max_readahead`` is in bytes.
+        ``want`` and ``unwanted`` are capabilities.
         """
         wishes = self._wishes
         wishes.want, wishes.unwanted = want, unwanted
         wishes.max_background, wishes.congestion_threshold = max_background, congestion_threshold
-        wishes.max_readahead = max_readahead
 
     @property
     def granted(self) -> int:
