@@ -318,6 +318,7 @@ def in_grace(mount: Mount) -> bool:
     return any(daemon.status is None or daemon.status["grace"] for daemon in report.daemons)
 
 
+@pytest.mark.slow
 def test_locks_are_kept_over_a_restart_of_the_daemons(own_cluster: Cluster) -> None:
     one, other = own_cluster.mount(), own_cluster.mount()
     held = {}
