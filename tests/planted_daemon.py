@@ -4,16 +4,21 @@ early     some writes are acknowledged, and done later
 twice     the recorded outcome of a request is ignored: a retry is applied anew
 skipped   some participants of a transaction do not do their part
 forgotten what was prepared for a transaction is forgotten by a restart
+unfenced  some writes take long, and the end of their connection does not wait for them: they land behind the end of the
+          session, or behind what came over the next connection
+slow      no fault: the same writes take as long, and the end of their connection waits for them
 """
 
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import trio
 
 from benchfs_fuse import daemon
+from benchfs_fuse.errors import FsError
 from benchfs_fuse.ports import Reply
 from benchfs_fuse.rpc.messages import Body, Finish, Request, WriteChunk, WriteChunkReply, encode
 from benchfs_fuse.rpc.server import Server
@@ -21,8 +26,9 @@ from benchfs_fuse.services.calls import Call
 from benchfs_fuse.services.chunkserver import ChunkServer
 from benchfs_fuse.services.transactions import Transactions
 
-#: Seconds by which a write is late.
+#: Seconds by which a write is late; and that one takes which is long: longer than a mount takes to be started anew.
 LATE_S = 0.3
+LONG_S = 4.0
 #: One of so many is hurt.
 SELDOM = 10
 
@@ -61,6 +67,37 @@ def plant_early() -> None:
     ChunkServer._write, ChunkServer._write_now = early, never  # type: ignore[method-assign]
 
 
+def plant_slow(*, fenced: bool) -> None:
+    write, hurt = ChunkServer._write, _seldom()
+
+    async def slow(self: ChunkServer, request: Request, payload: memoryview | None, want: int) -> Reply:
+        assert isinstance(request, WriteChunk)
+        if payload is None or not hurt():
+            return await write(self, request, payload, want)
+        data = memoryview(bytearray(payload))
+        outcome: list[Reply | FsError] = []
+        done = trio.Event()
+
+        async def at_leisure() -> None:
+            await trio.sleep(LONG_S)
+            try:
+                outcome.append(await write(self, request, data, want))
+            except FsError as error:
+                outcome.append(error)
+            done.set()
+
+        trio.lowlevel.spawn_system_task(at_leisure)
+        with trio.CancelScope(shield=fenced):  # what is served is cancelled when its connection ends
+            await done.wait()
+        (answer,) = outcome
+        if isinstance(answer, FsError):
+            raise answer
+        return answer
+
+    ChunkServer._write = slow  # type: ignore[method-assign]
+    ChunkServer._write_now = lambda self, request, payload, want: None  # type: ignore[method-assign]
+
+
 def plant_twice() -> None:
     recall = Server._recall
 
@@ -93,7 +130,14 @@ def plant_forgotten() -> None:
     Transactions.recover = forgotten  # type: ignore[method-assign]
 
 
-PLANTS = {"early": plant_early, "twice": plant_twice, "skipped": plant_skipped, "forgotten": plant_forgotten}
+PLANTS: dict[str, Callable[[], None]] = {
+    "early": plant_early,
+    "twice": plant_twice,
+    "skipped": plant_skipped,
+    "forgotten": plant_forgotten,
+    "unfenced": partial(plant_slow, fenced=False),
+    "slow": partial(plant_slow, fenced=True),
+}
 
 if __name__ == "__main__":
     PLANTS[os.environ["BENCHFS_PLANTED"]]()

@@ -115,23 +115,40 @@ def nothing_left(directory: Path) -> bool:
     return list(directory.iterdir()) == [] and not any(str(directory) in table for table in tables)
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "early",  # a write is acknowledged before it is done
-        pytest.param("twice", marks=pytest.mark.slow),  # a retry is applied anew
-        pytest.param("skipped", marks=pytest.mark.slow),  # a participant of a transaction leaves its part out
-        pytest.param("forgotten", marks=pytest.mark.slow),  # an intent does not outlive its daemon
-    ],
-)
-def test_a_planted_fault_is_found(directory: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def planted(monkeypatch: pytest.MonkeyPatch, fault: str, kill: str) -> Plan:
+    """Return what finds a fault that is planted in the daemons."""
     monkeypatch.setenv("BENCHFS_PLANTED", fault)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-    plan = local(600)._replace(workers=6, kill=frozenset({DAEMON_KILLS}), daemon_module="planted_daemon")
+    return local(600)._replace(workers=6, kill=frozenset({kill}), daemon_module="planted_daemon")
+
+
+@pytest.mark.parametrize(
+    ("fault", "kill"),
+    [
+        ("early", DAEMON_KILLS),  # a write is acknowledged before it is done
+        pytest.param("twice", DAEMON_KILLS, marks=pytest.mark.slow),  # a retry is applied anew
+        # A participant of a transaction leaves its part out.
+        pytest.param("skipped", DAEMON_KILLS, marks=pytest.mark.slow),
+        pytest.param("forgotten", DAEMON_KILLS, marks=pytest.mark.slow),  # an intent does not outlive its daemon
+        pytest.param("unfenced", MOUNT_KILLS, marks=pytest.mark.slow),  # a write lands after the end of its session
+    ],
+)
+def test_a_planted_fault_is_found(monkeypatch: pytest.MonkeyPatch, fault: str, kill: str) -> None:
+    plan = planted(monkeypatch, fault, kill)
     verdict = run(plan)
     assert verdict.complaints != []
+    assert not any("has died by itself" in one for one in verdict.complaints)
     assert verdict.seconds < plan.seconds
     assert verdict.kept is not None and (verdict.kept / "complaints").read_text().splitlines() == verdict.complaints
+
+
+@pytest.mark.slow
+def test_writes_that_take_long_behind_a_fence_are_no_fault(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What "a fence left out" is found by is not that writes take long."""
+    verdict = run(planted(monkeypatch, "slow", MOUNT_KILLS)._replace(kills_max=25))
+    assert verdict.complaints == []
+    assert verdict.kills.total() == 25
+    assert nothing_left(directory)
 
 
 def command(*words: str) -> "subprocess.Popen[str]":

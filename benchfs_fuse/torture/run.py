@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -324,11 +325,14 @@ class _Run:
         hands = [hand for hand in self._hands.hands if hand.mount in mounts]
         self._aim(hands)
         with self._hands.striking() as strike:
-            self._cluster.kill(daemons, mounts)
+            killed = self._cluster.kill(daemons, mounts)
         for hand in hands:
             self._hands.kill(hand)
         self._pause(self._random.choice([0, self._random.uniform(0, DEAD_S)]))
         self._cluster.start(daemons, mounts)
+        # What their mount had sent may be done until then, and not afterwards.
+        if killed and not wait_until(partial(self._cluster.sessions_over, killed, self._mounts[0])):
+            return [f"the session of {mounts[0].name}, which was killed, does not end"]
         for hand in hands:
             self._hands.bury(hand)
         struck = self._hands.struck(strike)
