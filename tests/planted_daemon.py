@@ -7,19 +7,22 @@ forgotten what was prepared for a transaction is forgotten by a restart
 unfenced  some writes take long, and the end of their connection does not wait for them: they land behind the end of the
           session, or behind what came over the next connection
 slow      no fault: the same writes take as long, and the end of their connection waits for them
+quota     no fault: chunk files may not grow when QUOTA bytes of their disk are used
 """
 
+import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import trio
 
 from benchfs_fuse import daemon
+from benchfs_fuse.chunks.uring import Ring
 from benchfs_fuse.errors import FsError
-from benchfs_fuse.ports import Reply
+from benchfs_fuse.ports import Buffer, Reply
 from benchfs_fuse.rpc.messages import Body, Finish, Request, WriteChunk, WriteChunkReply, encode
 from benchfs_fuse.rpc.server import Server
 from benchfs_fuse.services.calls import Call
@@ -29,6 +32,8 @@ from benchfs_fuse.services.transactions import Transactions
 #: Seconds by which a write is late; and that one takes which is long: longer than a mount takes to be started anew.
 LATE_S = 0.3
 LONG_S = 4.0
+#: Bytes that may be used.
+QUOTA = 32 << 20
 #: One of so many is hurt.
 SELDOM = 10
 
@@ -98,6 +103,33 @@ def plant_slow(*, fenced: bool) -> None:
     ChunkServer._write_now = lambda self, request, payload, want: None  # type: ignore[method-assign]
 
 
+def plant_quota() -> None:
+    """Answer for the disk: where the chunk store calls it, and as it would."""
+    write, fallocate, plain = Ring.write, Ring.fallocate, os.pwritev
+
+    def check(fd: int, length: int, end: int) -> None:
+        space = os.fstatvfs(fd)
+        if end > os.fstat(fd).st_size and (space.f_blocks - space.f_bfree) * space.f_frsize + length > QUOTA:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    async def checked_write(self: Ring, fd: int, data: Buffer, offset: int) -> None:
+        check(fd, len(data), offset + len(data))
+        await write(self, fd, data, offset)
+
+    async def checked_fallocate(self: Ring, fd: int, mode: int, offset: int, length: int) -> None:
+        if mode == 0:
+            check(fd, length, offset + length)
+        await fallocate(self, fd, mode, offset, length)
+
+    def checked_plain(fd: int, buffers: Sequence[Buffer], offset: int, *flags: int) -> int:
+        length = sum(len(buffer) for buffer in buffers)
+        check(fd, length, offset + length)
+        return plain(fd, buffers, offset, *flags)
+
+    Ring.write, Ring.fallocate = checked_write, checked_fallocate  # type: ignore[method-assign]
+    os.pwritev = checked_plain  # type: ignore[assignment]
+
+
 def plant_twice() -> None:
     recall = Server._recall
 
@@ -137,6 +169,7 @@ PLANTS: dict[str, Callable[[], None]] = {
     "forgotten": plant_forgotten,
     "unfenced": partial(plant_slow, fenced=False),
     "slow": partial(plant_slow, fenced=True),
+    "quota": plant_quota,
 }
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, Mount, running_cluster
 from fsck import complaints_on_disk
+from planted_daemon import QUOTA
 from posix_help import opened, refused, wait_until
 
 from benchfs_fuse.layout import ShardMap
@@ -272,25 +273,37 @@ def test_df_counts_a_shared_file_system_once(cluster: Cluster, mount: Mount) -> 
 DISK = 64 * MIB
 
 
-@pytest.fixture
-def small() -> Iterator[Cluster]:
+def mount_tmpfs(path: Path) -> None:
+    """Make a small disk of which all is for data."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK},mode=700", "tmpfs", str(path)], check=True)
+
+
+@contextlib.contextmanager
+def cluster_on(mount_disk: Callable[[Path], None], planted: str = "") -> Iterator[Cluster]:
     """Run a cluster whose daemons have small disks of their own."""
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchfs-test-")))
-        cluster = Cluster(directory, DAEMONS, chunk_size=CHUNK)
+        cluster = Cluster(directory, DAEMONS, chunk_size=CHUNK, planted=planted)
         for number in range(DAEMONS):
             path = cluster.data_dir(number)
             path.mkdir(mode=0o700)
-            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK},mode=700", "tmpfs", str(path)], check=True)
+            mount_disk(path)
             stack.callback(subprocess.run, ["umount", "-l", str(path)], check=True)
         yield stack.enter_context(cluster)
 
 
-def fill(path: Path, flags: int = 0) -> int:
+@pytest.fixture
+def small() -> Iterator[Cluster]:
+    """Run a cluster on small disks."""
+    with cluster_on(mount_tmpfs) as cluster:
+        yield cluster
+
+
+def fill(path: Path, flags: int = 0, number: int = errno.ENOSPC) -> int:
     """Write until there is no room; return how many MiB were taken before the error was seen."""
     with opened(path, os.O_CREAT | os.O_WRONLY | flags) as fd:
         taken = 0
-        with refused(errno.ENOSPC):
+        with refused(number):
             while taken < 4 * DISK // MIB:
                 os.pwrite(fd, bytes([taken % 255 + 1]) * MIB, taken * MIB)
                 taken += 1
@@ -313,13 +326,36 @@ def test_df_adds_up_different_file_systems(small: Cluster) -> None:
     ],
 )
 def test_a_full_disk(small: Cluster, flags: int) -> None:
-    mount = small.mount()
+    fill_and_make_room(small, flags, errno.ENOSPC, DISK)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(0, id="gathered"),
+        pytest.param(os.O_DIRECT, id="direct", marks=pytest.mark.slow),
+        pytest.param(os.O_SYNC, id="synchronous", marks=pytest.mark.slow),
+    ],
+)
+def test_a_quota_that_is_reached(flags: int) -> None:
+    """The daemons are told EDQUOT where they write to their chunk files: the kernels that run the tests have no quotas.
+
+    (They lack QFMT_V2 and XFS_QUOTA.) So everything but the kernel's own count is real, from the call to the disk up to
+    the caller.
+    """
+    with cluster_on(mount_tmpfs, planted="quota") as cluster:
+        fill_and_make_room(cluster, flags, errno.EDQUOT, QUOTA)
+
+
+def fill_and_make_room(cluster: Cluster, flags: int, number: int, room: int) -> None:
+    """Take all of ``room`` bytes of each daemon; see that this fails with that errno, tears nothing, can be undone."""
+    mount = cluster.mount()
     top = mount.mountpoint
     precious = os.urandom(3 * MIB)
     (top / "precious").write_bytes(precious)
     (top / "old").write_bytes(b"old" * CHUNK)
-    taken = fill(top / "big", flags)
-    assert taken >= DISK // MIB
+    taken = fill(top / "big", flags, number)
+    assert taken >= room // MIB
     # Nothing is torn: every block holds what was written, or nothing.
     with opened(top / "big") as fd:
         size = os.fstat(fd).st_size
@@ -330,7 +366,7 @@ def test_a_full_disk(small: Cluster, flags: int) -> None:
     assert (top / "old").read_bytes() == b"old" * CHUNK
     # What fits into no block that is there already is refused, and says so by the close at the latest.
     fd = os.open(top / "new", os.O_CREAT | os.O_WRONLY)
-    with refused(errno.ENOSPC):
+    with refused(number):
         try:
             os.write(fd, os.urandom(4 * MIB))
         finally:
@@ -343,15 +379,15 @@ def test_a_full_disk(small: Cluster, flags: int) -> None:
     (top / "new").unlink()
     (top / "big").unlink()
 
-    def room() -> bool:
+    def empty() -> bool:
         found = os.statvfs(top)
-        return found.f_bavail * found.f_frsize > DISK
+        return found.f_bavail * found.f_frsize > DAEMONS * DISK - room
 
-    wait_until(room, DEADLINE_S)
-    again = os.urandom(DISK // 2)
+    wait_until(empty, DEADLINE_S)
+    again = os.urandom(room // 2)
     (top / "again").write_bytes(again)
     assert (top / "again").read_bytes() == again
-    check_stores(small)
+    check_stores(cluster)
 
 
 def test_room_that_runs_out_is_reported_once_to_each_handle(small: Cluster) -> None:
