@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import subprocess
 import tempfile
@@ -269,13 +270,24 @@ def test_df_counts_a_shared_file_system_once(cluster: Cluster, mount: Mount) -> 
 
 # ── a full disk ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-#: Each daemon's disk.
+#: Each daemon's disk, and its inodes where those are few.
 DISK = 64 * MIB
+INODES = 512
 
 
 def mount_tmpfs(path: Path) -> None:
     """Make a small disk of which all is for data."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK},mode=700", "tmpfs", str(path)], check=True)
+
+
+def mount_few_inodes(path: Path) -> None:
+    """Make a small disk that has room for few files."""
+    image = path.with_suffix(".image")
+    with image.open("wb") as file:
+        file.truncate(DISK)
+    subprocess.run(["mkfs.ext4", "-q", "-N", str(INODES), str(image)], check=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(path)], check=True)
+    path.chmod(0o700)
 
 
 @contextlib.contextmanager
@@ -388,6 +400,53 @@ def fill_and_make_room(cluster: Cluster, flags: int, number: int, room: int) -> 
     (top / "again").write_bytes(again)
     assert (top / "again").read_bytes() == again
     check_stores(cluster)
+
+
+def make(path: Path) -> bool:
+    """Make a file of one byte; tell whether there was room for it."""
+    try:
+        path.write_bytes(b"x")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return False
+    return True
+
+
+def test_inodes_that_are_used_up() -> None:
+    with cluster_on(mount_few_inodes) as cluster:
+        top = cluster.mount().mountpoint
+        (top / "precious").write_bytes(b"precious" * CHUNK)
+        names = itertools.count()
+        made, refusals = [], 0
+        while refusals < 20:  # in a row: one disk is full before the other
+            path = top / str(next(names))
+            if make(path):
+                made.append(path)
+                refusals = 0
+            else:
+                refusals += 1
+                assert path.read_bytes() == b""
+        assert len(made) > DAEMONS * INODES // 3
+        found = os.statvfs(top)
+        assert found.f_ffree < found.f_files // 16  # df -i has shown it coming
+        # Names and what has its chunks go on, also after a daemon has died and come back.
+        for daemon in range(DAEMONS):
+            cluster.daemons[daemon].kill()
+            cluster.restart_daemon(daemon)
+        (top / "directory").mkdir()
+        os.rename(made[0], top / "directory" / "moved")
+        with opened(top / "precious") as fd:
+            os.pwrite(fd, b"PRECIOUS", 0)
+            os.fsync(fd)
+        assert (top / "precious").read_bytes() == b"PRECIOUS" + b"precious" * (CHUNK - 1)
+        assert (top / "directory" / "moved").read_bytes() == b"x"
+        assert all(path.read_bytes() == b"x" for path in made[1::4])
+        for path in made[1:]:
+            path.unlink()
+        wait_until(lambda: os.statvfs(top).f_ffree > found.f_ffree + len(made) // 2, DEADLINE_S)
+        assert all(make(top / f"again {number}") for number in range(50))
+        check_stores(cluster)
 
 
 def test_room_that_runs_out_is_reported_once_to_each_handle(small: Cluster) -> None:
