@@ -5,7 +5,8 @@ twice     the recorded outcome of a request is ignored: a retry is applied anew
 skipped   some participants of a transaction do not do their part
 forgotten what was prepared for a transaction is forgotten by a restart
 unfenced  some writes take long, and the end of their connection does not wait for them: they land behind the end of the
-          session, or behind what came over the next connection
+          session
+resumed   likewise, but so long that they land behind what came over the next connection
 slow      no fault: the same writes take as long, and the end of their connection waits for them
 quota     no fault: chunk files may not grow when QUOTA bytes of their disk are used
 """
@@ -29,9 +30,11 @@ from benchfs_fuse.services.calls import Call
 from benchfs_fuse.services.chunkserver import ChunkServer
 from benchfs_fuse.services.transactions import Transactions
 
-#: Seconds by which a write is late; and that one takes which is long: longer than a mount takes to be started anew.
+#: Seconds by which a write is late; and that one takes which is long: longer than a mount takes to be started anew, or
+#: than a cut until connections are given up, and what comes after it.
 LATE_S = 0.3
 LONG_S = 4.0
+LONGEST_S = 20.0
 #: Bytes that may be used.
 QUOTA = 32 << 20
 #: One of so many is hurt.
@@ -72,7 +75,7 @@ def plant_early() -> None:
     ChunkServer._write, ChunkServer._write_now = early, never  # type: ignore[method-assign]
 
 
-def plant_slow(*, fenced: bool) -> None:
+def plant_slow(seconds: float, *, fenced: bool) -> None:
     write, hurt = ChunkServer._write, _seldom()
 
     async def slow(self: ChunkServer, request: Request, payload: memoryview | None, want: int) -> Reply:
@@ -84,7 +87,7 @@ def plant_slow(*, fenced: bool) -> None:
         done = trio.Event()
 
         async def at_leisure() -> None:
-            await trio.sleep(LONG_S)
+            await trio.sleep(seconds)
             try:
                 outcome.append(await write(self, request, data, want))
             except FsError as error:
@@ -167,8 +170,9 @@ PLANTS: dict[str, Callable[[], None]] = {
     "twice": plant_twice,
     "skipped": plant_skipped,
     "forgotten": plant_forgotten,
-    "unfenced": partial(plant_slow, fenced=False),
-    "slow": partial(plant_slow, fenced=True),
+    "unfenced": partial(plant_slow, LONG_S, fenced=False),
+    "resumed": partial(plant_slow, LONGEST_S, fenced=False),
+    "slow": partial(plant_slow, LONG_S, fenced=True),
     "quota": plant_quota,
 }
 

@@ -116,10 +116,11 @@ def nothing_left(directory: Path) -> bool:
 
 
 def planted(monkeypatch: pytest.MonkeyPatch, fault: str, kill: str) -> Plan:
-    """Return what finds a fault that is planted in the daemons."""
+    """Return what finds a fault that is planted in the daemons. ``kill`` empty: cuts do."""
     monkeypatch.setenv("BENCHFS_PLANTED", fault)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-    return local(600)._replace(workers=6, kill=frozenset({kill}), daemon_module="planted_daemon")
+    plan = local(600)._replace(workers=6, daemon_module="planted_daemon")
+    return plan._replace(kill=frozenset({kill})) if kill else plan._replace(cut_network=True, cuts=[Cut.BREAK])
 
 
 @pytest.mark.parametrize(
@@ -131,6 +132,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, fault: str, kill: str) -> Plan:
         pytest.param("skipped", DAEMON_KILLS, marks=pytest.mark.slow),
         pytest.param("forgotten", DAEMON_KILLS, marks=pytest.mark.slow),  # an intent does not outlive its daemon
         pytest.param("unfenced", MOUNT_KILLS, marks=pytest.mark.slow),  # a write lands after the end of its session
+        pytest.param("resumed", "", marks=pytest.mark.slow),  # a write lands after its retry, and what came after that
     ],
 )
 def test_a_planted_fault_is_found(monkeypatch: pytest.MonkeyPatch, fault: str, kill: str) -> None:
