@@ -8,6 +8,7 @@ unfenced  some writes take long, and the end of their connection does not wait f
           session
 resumed   likewise, but so long that they land behind what came over the next connection
 slow      no fault: the same writes take as long, and the end of their connection waits for them
+busy      no fault: the first who asks how much space there is has to wait
 quota     no fault: chunk files may not grow when QUOTA bytes of their disk are used
 """
 
@@ -35,6 +36,8 @@ from benchfs_fuse.services.transactions import Transactions
 LATE_S = 0.3
 LONG_S = 4.0
 LONGEST_S = 20.0
+#: Seconds for the first answer about space: more than SPACE_TIMEOUT_S of services/namespace.py.
+BUSY_S = 3.0
 #: Bytes that may be used.
 QUOTA = 32 << 20
 #: One of so many is hurt.
@@ -133,6 +136,17 @@ def plant_quota() -> None:
     os.pwritev = checked_plain  # type: ignore[assignment]
 
 
+def plant_busy() -> None:
+    usage, waits = ChunkServer._usage, [BUSY_S]
+
+    async def busy(self: ChunkServer, request: Request, call: Call) -> Body:
+        if waits:
+            await trio.sleep(waits.pop())
+        return await usage(self, request, call)
+
+    ChunkServer._usage = busy  # type: ignore[method-assign]
+
+
 def plant_twice() -> None:
     recall = Server._recall
 
@@ -173,6 +187,7 @@ PLANTS: dict[str, Callable[[], None]] = {
     "unfenced": partial(plant_slow, LONG_S, fenced=False),
     "resumed": partial(plant_slow, LONGEST_S, fenced=False),
     "slow": partial(plant_slow, LONG_S, fenced=True),
+    "busy": plant_busy,
     "quota": plant_quota,
 }
 
