@@ -99,9 +99,9 @@ def test_cuts_longer_than_the_lease_let_nothing_land_late(directory: Path) -> No
 @pytest.mark.slow
 def test_cuts_kills_and_full_disks_together_lose_nothing(directory: Path) -> None:
     plan = local(1200)._replace(kill=BOTH, cut_network=True, fill_disk=True, lose_chunks=True)
-    verdict = run(plan._replace(kills_max=10, cuts_max=10))
+    verdict = run(plan._replace(kills_max=5, cuts_max=5, cuts=[Cut.PAUSE, Cut.EXPEL]))
     assert verdict.complaints == []
-    assert verdict.kills.total() >= 10 and verdict.cuts.total() >= 10
+    assert verdict.kills.total() >= 5 and verdict.cuts.total() >= 5
     assert verdict.fills > 0
     assert nothing_left(directory)
 

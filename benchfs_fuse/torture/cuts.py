@@ -46,7 +46,8 @@ CUTS = (*[Cut.PAUSE] * 7, *[Cut.BREAK] * 2, Cut.EXPEL)
 class Cuts:
     """Cut one cable after the other. ``aim`` waits for a moment in which some of the workers have something under way.
 
-    ``kinds`` are drawn from. UserError: a cable that is cut lets something pass.
+    ``excused`` tells whether a worker's operation failed as it may anyhow. ``kinds`` come in any order, each as often
+    as it is among them. UserError: a cable that is cut lets something pass.
     """
 
     def __init__(
@@ -56,12 +57,16 @@ class Cuts:
         chance: random.Random,
         kinds: Sequence[Cut],
         aim: Callable[[Sequence[Hand]], None],
+        excused: Callable[[Hand], bool],
     ) -> None:
         self._cluster = cluster
         self._hands = hands
         self._random = chance
         self._kinds = kinds
+        #: What is left of them until they begin anew.
+        self._left: list[Cut] = []
         self._aim = aim
+        self._excused = excused
         #: Cuts by who was cut off and for how long: those that met operations under way, and those that met none.
         self.done: Counter[str] = Counter()
         self.missed: Counter[str] = Counter()
@@ -70,7 +75,9 @@ class Cuts:
 
     def cut(self) -> list[str]:
         """Cut and mend one cable; say what is wrong. Returns when traffic passes again and all workers work."""
-        kind = self._random.choice(self._kinds)
+        if not self._left:
+            self._left = self._random.sample(self._kinds, len(self._kinds))
+        kind = self._left.pop()
         mount = self._random.choice(self._cluster.mountpoints)
         if kind is Cut.EXPEL or self._random.random() < 0.5:
             return self._cut(kind, mount)
@@ -82,8 +89,8 @@ class Cuts:
         before: dict[Hand, list[Entry]] = {}
         complaints: list[str] = []
         self._aim(hands)
+        cable.cut()
         with self._hands.striking() as strike:
-            cable.cut()
             passed = cable.passed()
             if self._cluster.passes(place):
                 raise UserError("a cable that is cut lets a connection pass")
@@ -152,7 +159,7 @@ class Cuts:
         complaints = [
             f"{hand.label}: {hand.under_way} failed with {errno.errorcode.get(hand.failed, hand.failed)}, not ESTALE"
             for hand in hands
-            if hand.failed not in (None, errno.ESTALE)
+            if hand.failed not in (None, errno.ESTALE) and not self._excused(hand)
         ]
         self._cluster.kill([], [place])
         for hand in hands:

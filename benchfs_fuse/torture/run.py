@@ -79,7 +79,7 @@ class Plan(NamedTuple):
     #: End when so many kills and so many cuts have struck.
     kills_max: int | None = None
     cuts_max: int | None = None
-    #: Which cuts are drawn from.
+    #: Which cuts there are, in any order.
     cuts: Sequence[Cut] = CUTS
     #: What is started as a daemon: tests plant faults.
     daemon_module: str = "benchfs_fuse.daemon"
@@ -174,7 +174,7 @@ class _Run:
         self._stack = stack
         self._hands = Hands(directory, mounts, self._base, plan.workers, plan.seed, plan.fill_disk)
         if self._cluster is not None and plan.cut_network:
-            self._cuts = Cuts(self._cluster, self._hands, self._random, plan.cuts, self._aim)
+            self._cuts = Cuts(self._cluster, self._hands, self._random, plan.cuts, self._aim, self._found_no_room)
         self._begun_s = time.monotonic()
 
     @contextmanager
