@@ -56,7 +56,7 @@ def test_every_command_and_every_benchmark_is_listed() -> None:
         f"waits up to {client.COMPLETE_TIMEOUT_S:.0f} s for the daemons that are missing",
         f"within {sessions.RETURN_S:.0f} s",
         f"what can\nbe flushed in {mounting.FORCE_LEAVE_S} s",
-        f"a reserve of {disk.RESERVE_MAX // limits.MIB} MiB (1/{disk.RESERVE_PART} of",
+        f"a reserve of {disk.RESERVE_MAX // limits.MIB} MiB and {disk.INODES_RESERVE_MAX} inodes (1/{disk.RESERVE_PART} of",
         f"1 to {limits.DAEMONS_MAX}.",
         f"max_background` | {mount.MAX_BACKGROUND} |",
         f"congestion_threshold` | {mount.CONGESTION_THRESHOLD} |",
