@@ -14,6 +14,7 @@ import pytest
 from cluster import running_cluster
 
 from benchfs_fuse.torture.cuts import CUTS, Cut
+from benchfs_fuse.torture.hands import Hands
 from benchfs_fuse.torture.run import DAEMON_KILLS, MOUNT_KILLS, Plan, Verdict, torture
 
 #: Where the random operations begin: another number gives others.
@@ -47,6 +48,16 @@ def test_a_short_torture_finds_nothing(directory: Path) -> None:
     assert verdict.struck.total() >= 3
     assert verdict.lost_chunks > 0
     assert nothing_left(directory)
+
+
+def test_what_a_worker_cannot_do_is_said(directory: Path) -> None:
+    with Hands(directory, [directory], "", 0, 0, False) as hands:
+        missing = directory / "missing"
+        assert hands.run("look", missing, str(directory / "found")) == (
+            f"look {missing} failed: No such file or directory: {missing}"
+        )
+        (directory / "there").mkdir()
+        assert hands.run("remove", directory / "there") == ""
 
 
 @pytest.mark.slow

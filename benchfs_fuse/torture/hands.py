@@ -185,6 +185,8 @@ class Hands:
                 self._note(hand.begun_ns, time_ns, hand.under_way[0])
             case ["wrong", str(sentence), _]:
                 hand.wrong = sentence
+            case ["cannot", str(sentence), _]:
+                hand.wrong = sentence
             case [str(answer), _]:
                 process.answer = answer
 
@@ -231,14 +233,19 @@ class Hands:
 
     def run(self, command: str, root: Path, *more: Any) -> str:
         """Have another process do one thing; return what went wrong, empty: nothing."""
-        process = self._spawn(lambda process, words: setattr(process, "answer", words[0]))
+        said: list[list[Any]] = []
+        process = self._spawn(lambda process, words: said.append(words))
         process.tell(command, str(root), *more)
         with self.changed:
-            self.changed.wait_for(lambda: process.gone or process.answer, STUCK_S)
-            done = bool(process.answer)
+            self.changed.wait_for(lambda: process.gone or said, STUCK_S)
         gone = process.gone
         process.end()
-        return "" if done else f"{command} {root} {'failed' if gone else f'did not end in {STUCK_S:g} s'}"
+        match said:
+            case [["cannot", sentence, _]]:
+                return f"{command} {root} failed: {sentence}"
+            case [_]:
+                return ""
+        return f"{command} {root} {'failed' if gone else f'did not end in {STUCK_S:g} s'}"
 
     def look(self, root: Path) -> list[Entry] | str:
         """Have another process look at all that is there; what went wrong instead, as a sentence."""
