@@ -365,6 +365,18 @@ def test_nothing_that_up_makes_is_readable_by_others(place: Path) -> None:
     succeeds("down", mnt)
 
 
+def test_down_cleans_up_behind_a_mount_that_was_killed(up: Up) -> None:
+    record = record_at(up.mnt)
+    assert record is not None
+    os.kill(record.process.pid, signal.SIGKILL)
+    assert wait_end(record.process, PATIENCE_S)
+    with pytest.raises(OSError, match="Transport endpoint is not connected"):
+        os.stat(up.mnt)
+    assert succeeds("down", up.mnt) == (0, "", "")
+    assert nothing_runs_below(up.mnt.parent)
+    assert list(up.mnt.iterdir()) == []
+
+
 def test_when_a_daemon_fails_nothing_stays(place: Path) -> None:
     mnt, data = place / "mnt", place / "data"
     succeeds("up", mnt, "--data-dir", data, "--", "true")
