@@ -92,6 +92,8 @@ Workers do everything to files of their own and to shared ones, and keep a manif
 all of it is compared on a fresh mount, and benchfs check has to find nothing. --local makes a cluster of two daemons
 and two mounts below a temporary directory ($TMPDIR), and takes it down again. In an existing mount, work is done in a
 new directory, and nothing is killed. Ctrl-C and SIGTERM end it early: what was done is compared all the same.
+--cut-network, for root, puts each daemon and each mount behind a cable of its own (network namespaces), and cuts one
+after the other: for moments, until connections are given up, or for longer than the lease.
 
 Exit codes: 0 sound; 1 something acknowledged is lost or wrong; 2 wrong use; 3 it could not be done to its end.
 
@@ -99,6 +101,7 @@ examples:
   benchfs torture /mnt/benchfs --minutes 1
   benchfs torture --local --minutes 10 --kill daemons,mounts
   benchfs torture --local --minutes 10 --kill daemons,mounts --seed 42 --json
+  benchfs torture --local --minutes 10 --cut-network
 """
 _EXAMPLES_TOP = """\
 p50 and p99 are right to 19 %. ``busy`` is the time of all operations of a kind together, so it may exceed 100 %.
@@ -271,11 +274,13 @@ def _torture(given: argparse.Namespace) -> int:
 
     if given.local == (given.mountpoint is not None):
         raise ConfigError("say where: a mount point, or --local for a cluster made for it")
-    for name in ("kill", "lose_chunks", "fill_disk"):
+    for name in ("kill", "cut_network", "lose_chunks", "fill_disk"):
         if vars(given)[name] and not given.local:
             raise ConfigError(f"faults are made in a cluster of their own: --{name.replace('_', '-')} needs --local")
     if given.fill_disk and os.geteuid() != 0:
         raise ConfigError("--fill-disk makes small disks, which only root can")
+    if given.cut_network and os.geteuid() != 0:
+        raise ConfigError("--cut-network makes network namespaces, which only root can")
     seed = draw_seed() if given.seed is None else given.seed
     plan = Plan(
         given.mountpoint,
@@ -285,6 +290,7 @@ def _torture(given: argparse.Namespace) -> int:
         frozenset(given.kill),
         given.lose_chunks,
         given.fill_disk,
+        given.cut_network,
     )
     return run_torture(plan, as_json=given.json)
 
@@ -397,9 +403,8 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--json", action="store_true", help="for programs")
     config.add_options(one, "ucx")
 
-    one = command(
-        "torture", _torture, "work, kill processes, and see that nothing acknowledged is lost", _EXAMPLES_TORTURE
-    )
+    title = "work, kill processes, cut networks, and see that nothing acknowledged is lost"
+    one = command("torture", _torture, title, _EXAMPLES_TORTURE)
     one.add_argument("mountpoint", type=path, nargs="?", metavar="MOUNTPOINT", help="work in an existing mount")
     one.add_argument("--local", action="store_true", help="make a cluster for it, which may be hurt")
     one.add_argument("--minutes", type=minutes, default=1.0, metavar="M", help="how long to work (default: 1)")
@@ -412,6 +417,7 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--kill", type=some_of("daemons", "mounts"), default=(), metavar="WHAT", help="daemons, mounts, or both"
     )
+    one.add_argument("--cut-network", action="store_true", help="have hosts of their own, and cut them off (root)")
     one.add_argument("--fill-disk", action="store_true", help="have small disks, fill and empty them (root)")
     one.add_argument("--lose-chunks", action="store_true", help="remove chunk files, and cut them short")
     one.add_argument("--json", action="store_true", help="for programs")

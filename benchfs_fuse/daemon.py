@@ -129,7 +129,7 @@ async def serve(
 ) -> None:
     """Serve the opened stores on a network until cancelled; ``on_ready`` is called when it begins."""
     daemon_id, shard_map = data.daemon_id, registry.cluster.shard_map
-    started_s = time.time()
+    started_s = time.monotonic()
     sessions = SessionTable(
         store,
         daemon_id=daemon_id,
@@ -174,7 +174,7 @@ async def serve(
             os.getpid(),
             socket.gethostname(),
             str(data.path),
-            time.time() - started_s,
+            time.monotonic() - started_s,
             sessions.grace,
             tuple(await chunks.usage()),
             listed,
@@ -191,7 +191,7 @@ async def serve(
 
     async def statistics(request: Request, call: Call) -> Body:
         return StatisticsReply(
-            time.time() - started_s,
+            time.monotonic() - started_s,
             server.statistics.durations(),
             chunk_server.bytes_read,
             chunk_server.bytes_written,

@@ -442,7 +442,7 @@ class BenchfsOperations(pyfuse3.Operations):
         if told is None or told.removed is None:
             raise Stale(f"inode {ino}")
         old = told.removed
-        now_ns = time.time_ns()
+        now_ns = max(time.time_ns(), old.ctime_ns + 1)  # our clock may be behind the daemon's
         times = {TIME_OMIT: (old.atime_ns, old.mtime_ns), TIME_NOW: (now_ns, now_ns)}
         told.removed = msgspec.structs.replace(
             old,
@@ -512,7 +512,8 @@ class BenchfsOperations(pyfuse3.Operations):
         self._files.known.change(ino, None)
         told, attrs = self._told.get(ino), self._files.known.get(ino)
         if told is not None and attrs is not None:
-            told.removed = msgspec.structs.replace(attrs, nlink=0, ctime_ns=time.time_ns())
+            now_ns = max(time.time_ns(), attrs.ctime_ns + 1)  # our clock may be behind the daemon's
+            told.removed = msgspec.structs.replace(attrs, nlink=0, ctime_ns=now_ns)
 
     @guarded
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:

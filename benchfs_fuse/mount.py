@@ -7,6 +7,7 @@ flushes what it holds, unmounts and leaves; a second signal makes it leave at on
 
 import argparse
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -51,6 +52,10 @@ LOCKS = companion.CAP_POSIX_LOCKS | companion.CAP_FLOCK_LOCKS
 UNWANTED = companion.CAP_AUTO_INVAL_DATA | companion.CAP_SPLICE_READ
 #: Seconds that a daemon has to answer when somebody wants to know how it is.
 STATUS_TIMEOUT_S = 2.0
+#: Seconds that the daemons, all of which are there, have for the first answer to what comes through the mount; pause
+#: before they are asked again.
+ANSWER_TIMEOUT_S = 15.0
+ANSWER_PAUSE_S = 0.1
 
 
 class MountOptions(NamedTuple):
@@ -203,11 +208,17 @@ class Mount:
 
     async def _announce(self, session: Session, operations: "fuse.BenchfsOperations") -> None:
         """Wait until the mount answers, then say so everywhere; answer questions from then on."""
-        try:
-            # The whole way through the kernel to every daemon; df shows these numbers while one is missing later.
-            await trio.to_thread.run_sync(os.statvfs, self._mountpoint, abandon_on_cancel=True)
-        except OSError as error:
-            raise UserError(f"{self._mountpoint} is mounted, but does not answer: {error.strerror}") from None
+        deadline_s = trio.current_time() + ANSWER_TIMEOUT_S
+        while True:
+            try:
+                # The whole way through the kernel to every daemon; df shows these numbers while one is missing later.
+                await trio.to_thread.run_sync(os.statvfs, self._mountpoint, abandon_on_cancel=True)
+                break
+            except OSError as error:
+                # EIO: none of the daemons has said how much space it has in the time that df gives them; they are busy.
+                if error.errno != errno.EIO or trio.current_time() > deadline_s:
+                    raise UserError(f"{self._mountpoint} is mounted, but does not answer: {error.strerror}") from None
+            await trio.sleep(ANSWER_PAUSE_S)
         self._not_tuned = tuple(tune_kernel(self._mountpoint, self._library))
         await self._say_if_second(session)
         path = control.socket_file(self._mountpoint)

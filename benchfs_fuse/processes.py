@@ -214,10 +214,11 @@ def private(path: str, flags: int) -> int:
 class Starting:
     """Be a module of ours that was started as ``python -m`` in its own session and is not ready yet.
 
-    It gets ``--ready-fd FD`` and calls ``say_ready`` when it serves. Its output goes to the end of ``log``.
+    It gets ``--ready-fd FD`` and calls ``say_ready`` when it serves. Its output goes to the end of ``log``. ``before``:
+    words in front of the command, which run it elsewhere as the same process (nsenter(1)).
     """
 
-    def __init__(self, module: str, arguments: Sequence[str], log: Path) -> None:
+    def __init__(self, module: str, arguments: Sequence[str], log: Path, before: Sequence[str] = ()) -> None:
         self._module = module
         self._log = log
         self._ready, writer = os.pipe()
@@ -226,7 +227,7 @@ class Starting:
                 with open(log, "ab", opener=private) as output:
                     self._log_start = output.tell()
                     self._child = subprocess.Popen(
-                        [sys.executable, "-m", module, *arguments, "--ready-fd", str(writer)],
+                        [*before, sys.executable, "-m", module, *arguments, "--ready-fd", str(writer)],
                         stdin=subprocess.DEVNULL,
                         stdout=output,
                         stderr=output,

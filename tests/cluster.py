@@ -135,10 +135,13 @@ class Mount(Process):
 
 
 class Cluster:
-    """Be one cluster in ``directory``. A context manager."""
+    """Be one cluster in ``directory``. A context manager. ``planted``: what is wrong with its daemons."""
 
-    def __init__(self, directory: Path, daemons: int = 2, *, chunk_size: int = CHUNK_SIZE_DEFAULT) -> None:
+    def __init__(
+        self, directory: Path, daemons: int = 2, *, chunk_size: int = CHUNK_SIZE_DEFAULT, planted: str = ""
+    ) -> None:
         self.directory = directory
+        self._planted = planted
         self.registry = directory / "registry"
         self.daemons: list[Process] = []
         self.mounts: list[Mount] = []
@@ -165,7 +168,11 @@ class Cluster:
     def _spawn_daemon(self, number: int) -> Process:
         self.data_dir(number).mkdir(mode=0o700, exist_ok=True)
         arguments = ["--registry-dir", str(self.registry), "--data-dir", str(self.data_dir(number))]
-        return Process("benchfs_fuse.daemon", arguments, self.directory / f"daemon-{number}.log")
+        log = self.directory / f"daemon-{number}.log"
+        if not self._planted:
+            return Process("benchfs_fuse.daemon", arguments, log)
+        environ = {"PYTHONPATH": str(Path(__file__).parent), "BENCHFS_PLANTED": self._planted}
+        return Process("planted_daemon", arguments, log, environ)
 
     def restart_daemon(self, number: int) -> None:
         """Start a daemon again over its data directory."""

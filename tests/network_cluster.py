@@ -11,10 +11,10 @@ from typing import Self
 
 from cli_help import PATIENCE_S
 from cluster import Mount, Process
-from netns import Namespace
 
 from benchfs_fuse import control
 from benchfs_fuse.registry import Registry, init_registry
+from benchfs_fuse.torture.hosts import Namespace
 
 
 def eventually(condition: Callable[[], bool]) -> None:

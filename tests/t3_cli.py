@@ -38,7 +38,7 @@ from benchfs_fuse.services import files, jobs
 
 COMMANDS = (
     *("up", "down", "init", "mount", "umount"),
-    *("status", "top", "trace", "check", "layout", "doctor", "bench", "install-mount-helper"),
+    *("status", "top", "trace", "check", "torture", "layout", "doctor", "bench", "install-mount-helper"),
 )
 
 
@@ -56,6 +56,28 @@ def called(capsys: pytest.CaptureFixture[str], *words: str) -> Done:
     except SystemExit as ended:
         code = int(ended.code or 0)
     return Done(code, *capsys.readouterr())
+
+
+@pytest.mark.parametrize("fault", ["--kill=mounts", "--cut-network", "--lose-chunks", "--fill-disk"])
+def test_faults_are_made_in_a_cluster_of_their_own(fault: str, capsys: pytest.CaptureFixture[str]) -> None:
+    done = called(capsys, "torture", "/mnt", fault)
+    option = fault.partition("=")[0]
+    assert (done.code, done.out) == (2, "")
+    assert done.err == f"benchfs: faults are made in a cluster of their own: {option} needs --local\n"
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("--cut-network", "--cut-network makes network namespaces, which only root can"),
+        ("--fill-disk", "--fill-disk makes small disks, which only root can"),
+    ],
+)
+def test_faults_that_only_root_can_make(
+    fault: str, why: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert called(capsys, "torture", "--local", fault) == (2, "", f"benchfs: {why}\n")
 
 
 # ── help ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

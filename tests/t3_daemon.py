@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -32,6 +33,8 @@ from benchfs_fuse.rpc.messages import (
     Make,
     ReadChunk,
     ReadChunkReply,
+    Statistics,
+    StatisticsReply,
     Status,
     StatusReply,
     WriteChunk,
@@ -149,6 +152,22 @@ async def test_a_status_has_room_whatever_the_sessions_are(tmp_path: Path) -> No
             status = decode(StatusReply, reply.body)
             assert len(reply.body) <= BODY_MAX
             assert 10 < len(status.sessions) < 40 and len(status.sessions) + status.more_sessions == 40
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_daemon_is_as_old_as_it_is_when_its_clock_is_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init_registry(tmp_path / "registry", 1, 1 << 20)
+    real = time.time
+    async with MemoryNetwork(seed=1) as network, trio.open_nursery() as nursery:
+        with trio.fail_after(30), Registry(tmp_path / "registry") as registry:
+            await nursery.start(Daemon(tmp_path / "one", network).run)
+            monkeypatch.setattr(time, "time", lambda: real() - 3600)
+            async with open_client(registry, network) as links:
+                status = await links.to(0).call(Status(), StatusReply)
+                statistics = await links.to(0).call(Statistics(), StatisticsReply)
+            assert 0 <= status.uptime_s <= statistics.uptime_s < 60
         nursery.cancel_scope.cancel()
 
 

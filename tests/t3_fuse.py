@@ -297,6 +297,21 @@ async def test_somebody_in_a_removed_directory_sees_it_without_links() -> None:
         assert raised.value.errno == errno.ESTALE
 
 
+async def test_times_of_what_was_removed_never_run_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are this machine's then, whose clock is an hour behind the daemon's here."""
+    real = time.time_ns
+    async with mounted() as (ops, _, _):
+        made = await ops.mkdir(1, b"d", 0o755, CTX)
+        monkeypatch.setattr(time, "time_ns", lambda: real() - 3600 * 10**9)
+        await ops.rmdir(1, b"d", CTX)
+        removed = await ops.getattr(made.st_ino, CTX)
+        assert removed.st_nlink == 0 and removed.st_ctime_ns > made.st_ctime_ns
+        wanted = EntryAttributes()
+        wanted.st_mode = stat.S_IFDIR | 0o700
+        changed = await ops.setattr(made.st_ino, wanted, fields("mode"), None, CTX)
+        assert changed.st_mode == wanted.st_mode and changed.st_ctime_ns > removed.st_ctime_ns
+
+
 async def test_a_directory_that_was_changed_here_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer to each change says what the directory is like; within the time-out that is good."""
     asked: list[int] = []

@@ -14,8 +14,9 @@ from types import TracebackType
 from typing import Self
 
 import pytest
-from netns import Cable, Namespace
 from network_cluster import CHANGES, NetworkCluster, check_changes, connected, eventually
+
+from benchfs_fuse.torture.hosts import Star
 
 SEED = int(os.environ.get("BENCHFS_TEST_SEED", "0"))
 #: Seconds in which a mount has to go on after a cut: TCP's pauses between attempts double while the cable is cut.
@@ -31,20 +32,14 @@ class Hosts(NetworkCluster):
     """Have each daemon and each mount on a host of its own."""
 
     def build(self) -> None:
-        self._router = self.stack.enter_context(Namespace("router"))
-        self._router.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
-        self.hosts = [self.stack.enter_context(Namespace(name)) for name in ("store0", "store1", "work0", "work1")]
-        self.cables = [Cable(host, self._router, number) for number, host in enumerate(self.hosts)]
-        for host, cable in zip(self.hosts, self.cables, strict=True):
-            host.ip("route", "add", "default", "via", cable.far_address)
-        self.daemons = [
-            self.start_daemon(number, self.hosts[number], self.cables[number].near_address) for number in range(2)
-        ]
+        self._star = self.stack.enter_context(Star(("store0", "store1", "work0", "work1")))
+        self.hosts, self.cables = self._star.hosts, self._star.cables
+        addresses = self._star.addresses
+        self.daemons = [self.start_daemon(number, self.hosts[number], addresses[number]) for number in range(2)]
         self.mounts = [self.mount(f"work{number}", self.hosts[2 + number], "--op-timeout=0") for number in range(2)]
 
     def mend(self) -> None:
-        for cable in self.cables:
-            cable.mend()
+        self._star.mend()
 
     def passes(self, number: int) -> bool:
         """Tell whether anything passes between a host and another one."""

@@ -63,6 +63,12 @@ def record_of(mount: Mount) -> control.MountRecord:
     return record
 
 
+@pytest.mark.slow
+def test_daemons_that_are_busy_do_not_fail_a_mount(tmp_path: Path) -> None:
+    with Cluster(tmp_path, planted="busy") as cluster:
+        assert os.statvfs(cluster.mount().mountpoint).f_blocks > 0
+
+
 def test_copies_come_back_as_they_were(mount: Mount, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(os.urandom(9 * MIB + 17))

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import subprocess
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, Mount, running_cluster
 from fsck import complaints_on_disk
+from planted_daemon import QUOTA
 from posix_help import opened, refused, wait_until
 
 from benchfs_fuse.layout import ShardMap
@@ -268,29 +270,52 @@ def test_df_counts_a_shared_file_system_once(cluster: Cluster, mount: Mount) -> 
 
 # ── a full disk ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-#: Each daemon's disk.
+#: Each daemon's disk, and its inodes where those are few.
 DISK = 64 * MIB
+INODES = 512
 
 
-@pytest.fixture
-def small() -> Iterator[Cluster]:
+def mount_tmpfs(path: Path) -> None:
+    """Make a small disk of which all is for data."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK},mode=700", "tmpfs", str(path)], check=True)
+
+
+def mount_few_inodes(path: Path) -> None:
+    """Make a small disk that has room for few files."""
+    image = path.with_suffix(".image")
+    with image.open("wb") as file:
+        file.truncate(DISK)
+    subprocess.run(["mkfs.ext4", "-q", "-N", str(INODES), str(image)], check=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(path)], check=True)
+    path.chmod(0o700)
+
+
+@contextlib.contextmanager
+def cluster_on(mount_disk: Callable[[Path], None], planted: str = "") -> Iterator[Cluster]:
     """Run a cluster whose daemons have small disks of their own."""
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchfs-test-")))
-        cluster = Cluster(directory, DAEMONS, chunk_size=CHUNK)
+        cluster = Cluster(directory, DAEMONS, chunk_size=CHUNK, planted=planted)
         for number in range(DAEMONS):
             path = cluster.data_dir(number)
             path.mkdir(mode=0o700)
-            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK},mode=700", "tmpfs", str(path)], check=True)
+            mount_disk(path)
             stack.callback(subprocess.run, ["umount", "-l", str(path)], check=True)
         yield stack.enter_context(cluster)
 
 
-def fill(path: Path, flags: int = 0) -> int:
+@pytest.fixture
+def small() -> Iterator[Cluster]:
+    """Run a cluster on small disks."""
+    with cluster_on(mount_tmpfs) as cluster:
+        yield cluster
+
+
+def fill(path: Path, flags: int = 0, number: int = errno.ENOSPC) -> int:
     """Write until there is no room; return how many MiB were taken before the error was seen."""
     with opened(path, os.O_CREAT | os.O_WRONLY | flags) as fd:
         taken = 0
-        with refused(errno.ENOSPC):
+        with refused(number):
             while taken < 4 * DISK // MIB:
                 os.pwrite(fd, bytes([taken % 255 + 1]) * MIB, taken * MIB)
                 taken += 1
@@ -313,13 +338,36 @@ def test_df_adds_up_different_file_systems(small: Cluster) -> None:
     ],
 )
 def test_a_full_disk(small: Cluster, flags: int) -> None:
-    mount = small.mount()
+    fill_and_make_room(small, flags, errno.ENOSPC, DISK)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(0, id="gathered"),
+        pytest.param(os.O_DIRECT, id="direct", marks=pytest.mark.slow),
+        pytest.param(os.O_SYNC, id="synchronous", marks=pytest.mark.slow),
+    ],
+)
+def test_a_quota_that_is_reached(flags: int) -> None:
+    """The daemons are told EDQUOT where they write to their chunk files: the kernels that run the tests have no quotas.
+
+    (They lack QFMT_V2 and XFS_QUOTA.) So everything but the kernel's own count is real, from the call to the disk up to
+    the caller.
+    """
+    with cluster_on(mount_tmpfs, planted="quota") as cluster:
+        fill_and_make_room(cluster, flags, errno.EDQUOT, QUOTA)
+
+
+def fill_and_make_room(cluster: Cluster, flags: int, number: int, room: int) -> None:
+    """Take all of ``room`` bytes of each daemon; see that this fails with that errno, tears nothing, can be undone."""
+    mount = cluster.mount()
     top = mount.mountpoint
     precious = os.urandom(3 * MIB)
     (top / "precious").write_bytes(precious)
     (top / "old").write_bytes(b"old" * CHUNK)
-    taken = fill(top / "big", flags)
-    assert taken >= DISK // MIB
+    taken = fill(top / "big", flags, number)
+    assert taken >= room // MIB
     # Nothing is torn: every block holds what was written, or nothing.
     with opened(top / "big") as fd:
         size = os.fstat(fd).st_size
@@ -330,7 +378,7 @@ def test_a_full_disk(small: Cluster, flags: int) -> None:
     assert (top / "old").read_bytes() == b"old" * CHUNK
     # What fits into no block that is there already is refused, and says so by the close at the latest.
     fd = os.open(top / "new", os.O_CREAT | os.O_WRONLY)
-    with refused(errno.ENOSPC):
+    with refused(number):
         try:
             os.write(fd, os.urandom(4 * MIB))
         finally:
@@ -343,15 +391,62 @@ def test_a_full_disk(small: Cluster, flags: int) -> None:
     (top / "new").unlink()
     (top / "big").unlink()
 
-    def room() -> bool:
+    def empty() -> bool:
         found = os.statvfs(top)
-        return found.f_bavail * found.f_frsize > DISK
+        return found.f_bavail * found.f_frsize > DAEMONS * DISK - room
 
-    wait_until(room, DEADLINE_S)
-    again = os.urandom(DISK // 2)
+    wait_until(empty, DEADLINE_S)
+    again = os.urandom(room // 2)
     (top / "again").write_bytes(again)
     assert (top / "again").read_bytes() == again
-    check_stores(small)
+    check_stores(cluster)
+
+
+def make(path: Path) -> bool:
+    """Make a file of one byte; tell whether there was room for it."""
+    try:
+        path.write_bytes(b"x")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return False
+    return True
+
+
+def test_inodes_that_are_used_up() -> None:
+    with cluster_on(mount_few_inodes) as cluster:
+        top = cluster.mount().mountpoint
+        (top / "precious").write_bytes(b"precious" * CHUNK)
+        names = itertools.count()
+        made, refusals = [], 0
+        while refusals < 20:  # in a row: one disk is full before the other
+            path = top / str(next(names))
+            if make(path):
+                made.append(path)
+                refusals = 0
+            else:
+                refusals += 1
+                assert path.read_bytes() == b""
+        assert len(made) > DAEMONS * INODES // 3
+        found = os.statvfs(top)
+        assert found.f_ffree < found.f_files // 16  # df -i has shown it coming
+        # Names and what has its chunks go on, also after a daemon has died and come back.
+        for daemon in range(DAEMONS):
+            cluster.daemons[daemon].kill()
+            cluster.restart_daemon(daemon)
+        (top / "directory").mkdir()
+        os.rename(made[0], top / "directory" / "moved")
+        with opened(top / "precious") as fd:
+            os.pwrite(fd, b"PRECIOUS", 0)
+            os.fsync(fd)
+        assert (top / "precious").read_bytes() == b"PRECIOUS" + b"precious" * (CHUNK - 1)
+        assert (top / "directory" / "moved").read_bytes() == b"x"
+        assert all(path.read_bytes() == b"x" for path in made[1::4])
+        for path in made[1:]:
+            path.unlink()
+        wait_until(lambda: os.statvfs(top).f_ffree > found.f_ffree + len(made) // 2, DEADLINE_S)
+        assert all(make(top / f"again {number}") for number in range(50))
+        check_stores(cluster)
 
 
 def test_room_that_runs_out_is_reported_once_to_each_handle(small: Cluster) -> None:

@@ -1,5 +1,6 @@
 """``benchfs torture``: real runs find nothing, and find what is planted."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 from cluster import running_cluster
 
-from benchfs_fuse import kernel_mounts
+from benchfs_fuse.torture.cuts import CUTS, Cut
+from benchfs_fuse.torture.hands import Hands
 from benchfs_fuse.torture.run import DAEMON_KILLS, MOUNT_KILLS, Plan, Verdict, torture
 
 #: Where the random operations begin: another number gives others.
@@ -45,7 +47,17 @@ def test_a_short_torture_finds_nothing(directory: Path) -> None:
     assert verdict.kills.total() == 3
     assert verdict.struck.total() >= 3
     assert verdict.lost_chunks > 0
-    assert list(directory.iterdir()) == []
+    assert nothing_left(directory)
+
+
+def test_what_a_worker_cannot_do_is_said(directory: Path) -> None:
+    with Hands(directory, [directory], "", 0, 0, False) as hands:
+        missing = directory / "missing"
+        assert hands.run("look", missing, str(directory / "found")) == (
+            f"look {missing} failed: No such file or directory: {missing}"
+        )
+        (directory / "there").mkdir()
+        assert hands.run("remove", directory / "there") == ""
 
 
 @pytest.mark.slow
@@ -70,23 +82,86 @@ def test_full_disks_lose_nothing(directory: Path) -> None:
     assert list(directory.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "early",  # a write is acknowledged before it is done
-        pytest.param("twice", marks=pytest.mark.slow),  # a retry is applied anew
-        pytest.param("skipped", marks=pytest.mark.slow),  # a participant of a transaction leaves its part out
-        pytest.param("forgotten", marks=pytest.mark.slow),  # an intent does not outlive its daemon
-    ],
-)
-def test_a_planted_fault_is_found(directory: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_short_cuts_lose_nothing(directory: Path) -> None:
+    verdict = run(local(60)._replace(cut_network=True, cuts=[Cut.PAUSE], cuts_max=2))
+    assert verdict.complaints == []
+    assert verdict.cuts.total() == 2
+    assert verdict.cut_off.total() >= 2
+    assert nothing_left(directory)
+
+
+@pytest.mark.slow
+def test_50_cuts_lose_nothing(directory: Path) -> None:
+    verdict = run(local(3600)._replace(cut_network=True, cuts=CUTS, cuts_max=50))
+    assert verdict.complaints == []
+    assert verdict.cuts.total() == 50
+    assert all(any(kind.value in title for title in verdict.cuts) for kind in Cut)
+    assert nothing_left(directory)
+
+
+@pytest.mark.slow
+def test_cuts_longer_than_the_lease_let_nothing_land_late(directory: Path) -> None:
+    verdict = run(local(600)._replace(cut_network=True, cuts=[Cut.EXPEL], cuts_max=3))
+    assert verdict.complaints == []
+    assert verdict.cuts == {f"of a mount, {Cut.EXPEL.value}": 3}
+    assert nothing_left(directory)
+
+
+@pytest.mark.slow
+def test_cuts_kills_and_full_disks_together_lose_nothing(directory: Path) -> None:
+    plan = local(1200)._replace(kill=BOTH, cut_network=True, fill_disk=True, lose_chunks=True)
+    verdict = run(plan._replace(kills_max=5, cuts_max=5, cuts=[Cut.PAUSE, Cut.EXPEL]))
+    assert verdict.complaints == []
+    assert verdict.kills.total() >= 5 and verdict.cuts.total() >= 5
+    assert verdict.fills > 0
+    assert nothing_left(directory)
+
+
+def nothing_left(directory: Path) -> bool:
+    """Tell whether all files are gone, and nothing is mounted below a directory, in any namespace."""
+    tables = []
+    for path in Path("/proc").glob("[0-9]*/mountinfo"):
+        with contextlib.suppress(OSError):  # the process has ended
+            tables.append(path.read_text())
+    return list(directory.iterdir()) == [] and not any(str(directory) in table for table in tables)
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, fault: str, kill: str) -> Plan:
+    """Return what finds a fault that is planted in the daemons. ``kill`` empty: cuts do."""
     monkeypatch.setenv("BENCHFS_PLANTED", fault)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-    plan = local(600)._replace(workers=6, kill=frozenset({DAEMON_KILLS}), daemon_module="planted_daemon")
+    plan = local(600)._replace(workers=6, daemon_module="planted_daemon")
+    return plan._replace(kill=frozenset({kill})) if kill else plan._replace(cut_network=True, cuts=[Cut.BREAK])
+
+
+@pytest.mark.parametrize(
+    ("fault", "kill"),
+    [
+        ("early", DAEMON_KILLS),  # a write is acknowledged before it is done
+        pytest.param("twice", DAEMON_KILLS, marks=pytest.mark.slow),  # a retry is applied anew
+        # A participant of a transaction leaves its part out.
+        pytest.param("skipped", DAEMON_KILLS, marks=pytest.mark.slow),
+        pytest.param("forgotten", DAEMON_KILLS, marks=pytest.mark.slow),  # an intent does not outlive its daemon
+        pytest.param("unfenced", MOUNT_KILLS, marks=pytest.mark.slow),  # a write lands after the end of its session
+        pytest.param("resumed", "", marks=pytest.mark.slow),  # a write lands after its retry, and what came after that
+    ],
+)
+def test_a_planted_fault_is_found(monkeypatch: pytest.MonkeyPatch, fault: str, kill: str) -> None:
+    plan = planted(monkeypatch, fault, kill)
     verdict = run(plan)
     assert verdict.complaints != []
+    assert not any("has died by itself" in one for one in verdict.complaints)
     assert verdict.seconds < plan.seconds
     assert verdict.kept is not None and (verdict.kept / "complaints").read_text().splitlines() == verdict.complaints
+
+
+@pytest.mark.slow
+def test_writes_that_take_long_behind_a_fence_are_no_fault(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What "a fence left out" is found by is not that writes take long."""
+    verdict = run(planted(monkeypatch, "slow", MOUNT_KILLS)._replace(kills_max=25))
+    assert verdict.complaints == []
+    assert verdict.kills.total() == 25
+    assert nothing_left(directory)
 
 
 def command(*words: str) -> "subprocess.Popen[str]":
@@ -112,17 +187,23 @@ def test_a_mount_is_tortured_without_faults() -> None:
         assert list(mountpoint.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_signal_ends_it_early_with_a_verdict(directory: Path, number: signal.Signals) -> None:
-    with command("--local", "--minutes", "60", "--workers", "2") as process:
+@pytest.mark.parametrize(
+    ("number", "more"),
+    [
+        (signal.SIGINT, []),
+        pytest.param(signal.SIGTERM, [], marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, ["--cut-network"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_ends_it_early_with_a_verdict(directory: Path, number: signal.Signals, more: list[str]) -> None:
+    with command("--local", "--minutes", "60", "--workers", "2", *more) as process:
         deadline = time.monotonic() + 60
         while not list(directory.glob("*/mount-0/worker-1/*")):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.05)
-        process.send_signal(number)
+        os.killpg(process.pid, number)  # as from a terminal
         output, error = process.communicate(timeout=120)
     assert (process.returncode, error) == (0, "")
     assert "which a signal cut short" in output
     assert output.splitlines()[-1].startswith("sound")
-    assert list(directory.iterdir()) == []
-    assert [mount for mount in kernel_mounts.mounts() if mount.mountpoint.is_relative_to(directory)] == []
+    assert nothing_left(directory)

@@ -1,7 +1,7 @@
 """Run a whole cluster in one process: real metadata, real servers and clients, over twins of stores and network."""
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
@@ -60,9 +60,20 @@ class Client(NamedTuple):
 
 
 class Whole:
-    """Hold a running cluster; ``chunks`` are the stores of the daemons, in which a test may plant faults."""
+    """Hold a running cluster; ``chunks`` are the stores of the daemons, in which a test may plant faults.
 
-    def __init__(self, network: MemoryNetwork, nursery: trio.Nursery, daemons: int, seed: int) -> None:
+    ``clocks``: what time it is at each daemon, ns; without them, that is the same.
+    """
+
+    def __init__(
+        self,
+        network: MemoryNetwork,
+        nursery: trio.Nursery,
+        daemons: int,
+        seed: int,
+        clocks: Sequence[Callable[[], int]] = (),
+    ) -> None:
+        self._clocks = clocks or [time.time_ns] * daemons
         self.network = network
         self.stores = [MemoryChunkStore(filesystem=f"memory{number}") for number in range(daemons)]
         self.chunks = [FaultyChunkStore(store, seed=seed + number) for number, store in enumerate(self.stores)]
@@ -71,7 +82,8 @@ class Whole:
 
     def _serve(self, daemon: MemoryDaemon, store: KeyValueStore, sessions: SessionTable, peers: Peers) -> WholeService:
         shard_map = self.cluster.shard_map
-        incarnation = open_store(store, "test", daemon.daemon_id, shard_map, CHUNK, time.time_ns())
+        clock = self._clocks[daemon.daemon_id]
+        incarnation = open_store(store, "test", daemon.daemon_id, shard_map, CHUNK, clock())
         metadata = MetadataService(
             store,
             daemon_id=daemon.daemon_id,
@@ -79,7 +91,7 @@ class Whole:
             shard_map=shard_map,
             opens=sessions,
             peers=peers,
-            clock=time.time_ns,
+            clock=clock,
         )
         metadata.recover()
         daemon.nursery.start_soon(metadata.run)
@@ -122,10 +134,12 @@ class Whole:
 
 
 @asynccontextmanager
-async def whole_cluster(daemons: int = 2, seed: int = 0) -> AsyncIterator[Whole]:
+async def whole_cluster(
+    daemons: int = 2, seed: int = 0, clocks: Sequence[Callable[[], int]] = ()
+) -> AsyncIterator[Whole]:
     """Run a cluster for a while."""
     async with MemoryNetwork(seed) as network, trio.open_nursery() as nursery:
-        whole = Whole(network, nursery, daemons, seed)
+        whole = Whole(network, nursery, daemons, seed, clocks)
         await whole.cluster.start()
         yield whole
         nursery.cancel_scope.cancel()

@@ -61,6 +61,9 @@ SYNC_TASKS_MAX = 16
 RESERVE_MAX = 64 * MIB
 #: On a small file system the reserve is this part of it.
 RESERVE_PART = 32
+#: Inodes that chunks never take, so that the metadata store can always make files: some at each start, and some dozens
+#: at most for a compaction. On a small file system it is the same part of all.
+INODES_RESERVE_MAX = 256
 #: Look at the free space again after so many bytes: what others take meanwhile goes unseen for so long.
 SPACE_STEP = 16 * MIB
 #: Bytes looked at in one go for whether they are all zeros.
@@ -497,7 +500,14 @@ class DiskChunkStore:
         return None if record is None else self._open(chunk, record)
 
     def _make(self, chunk: ChunkId) -> _File:
-        """Make a chunk that has no record. A crash before its file is there leaves a record of length 0, which may."""
+        """Make a chunk that has no record. A crash before its file is there leaves a record of length 0, which may.
+
+        NoSpace: its file would be one of those that are kept.
+        """
+        space = os.statvfs(self._directory)
+        kept = min(INODES_RESERVE_MAX, space.f_files // RESERVE_PART)  # none where inodes are not counted: f_files is 0
+        if space.f_favail < kept:
+            raise NoSpace(f"{space.f_favail} inodes left, {kept} are kept")
         record = Record(int.from_bytes(os.urandom(8)))
         self.table.put(chunk, record)
         return self._open(chunk, record)

@@ -36,12 +36,15 @@ def tell(sentence: str) -> None:
     sys.stderr.write(f"benchfs: {sentence}\n")
 
 
-def start_mount(mountpoint: Path, registry: Path, log: Path | None, arguments: Sequence[str]) -> Starting:
-    """Start a mount process for a plain path. By default its log is among the runtime files."""
+def start_mount(
+    mountpoint: Path, registry: Path, log: Path | None, arguments: Sequence[str], before: Sequence[str] = ()
+) -> Starting:
+    """Start a mount process for a plain path. By default its log is among the runtime files. ``before``: Starting."""
     return Starting(
         "benchfs_fuse.mount",
         [str(mountpoint), "--registry-dir", str(registry.absolute()), *arguments],
         log if log is not None else file_for(mountpoint, ".log"),
+        before,
     )
 
 

@@ -40,8 +40,10 @@ def run_torture(plan: Plan, *, as_json: bool) -> int:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("", total=plan.seconds, more="")
 
-            def tell(what: str, seconds: float, operations: int, kills: int) -> None:
-                more = f"{operations} operations" + (f", {kills} kills" if plan.kill else "")
+            faults = " and ".join(["kills"] * bool(plan.kill) + ["cuts"] * plan.cut_network)
+
+            def tell(what: str, seconds: float, operations: int, struck: int) -> None:
+                more = f"{operations} operations" + (f", {struck} {faults}" if faults else "")
                 progress.update(task, description=what, completed=min(seconds, plan.seconds), more=more)
 
             verdict = torture(plan, tell)
@@ -59,6 +61,7 @@ def _command(plan: Plan) -> str:
     words = ["benchfs torture", "--local" if plan.mountpoint is None else str(plan.mountpoint)]
     words += [f"--minutes {plan.seconds / 60:g}", f"--seed {plan.seed}", f"--workers {plan.workers}"]
     words += [f"--kill {','.join(sorted(plan.kill))}"] if plan.kill else []
+    words += ["--cut-network"] if plan.cut_network else []
     words += ["--lose-chunks"] if plan.lose_chunks else []
     words += ["--fill-disk"] if plan.fill_disk else []
     return " ".join(words)
@@ -82,6 +85,11 @@ def _show(console: Console, plan: Plan, verdict: Verdict) -> None:
         console.print(f"  they met: {_counts(verdict.struck) or 'nothing'}")
     if verdict.missed:
         console.print(f"  not counted, as nothing was under way: {_counts(verdict.missed)}")
+    if plan.cut_network:
+        console.print(f"cuts that stopped traffic with operations under way: {_counts(verdict.cuts) or 'none'}")
+        console.print(f"  all the time there were: {_counts(verdict.cut_off) or 'none'}")
+    if verdict.cuts_missed:
+        console.print(f"  not counted, as nothing was under way: {_counts(verdict.cuts_missed)}")
     if plan.lose_chunks:
         console.print(f"{verdict.lost_chunks} chunk files were removed or cut short, and missed")
     if plan.fill_disk:
@@ -107,6 +115,9 @@ def _plain(plan: Plan, verdict: Verdict) -> dict[str, object]:
         "kills": verdict.kills,
         "missed": verdict.missed,
         "struck": verdict.struck,
+        "cuts": verdict.cuts,
+        "cuts_missed": verdict.cuts_missed,
+        "cut_off": verdict.cut_off,
         "lost_chunks": verdict.lost_chunks,
         "fills": verdict.fills,
         "refused": verdict.refused,

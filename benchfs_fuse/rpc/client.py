@@ -176,7 +176,8 @@ class Link:
         self._incarnation = 0
         self._losses = 0
         self._location: Location | None = None
-        self._missing_since_s = time.time()
+        #: A time of day, for people, and the same moment by a clock that nobody sets.
+        self._missing_since_s, self._missing_from_s = time.time(), time.monotonic()
         self.trouble: FsError | None = None
         #: How loudly its return is told: as its absence was.
         self._level = logging.INFO
@@ -387,7 +388,7 @@ class Link:
         """Note that a channel has ended; everybody who finds it out calls this."""
         if self._channel is channel:
             self._channel = None
-            self._missing_since_s = time.time()
+            self._missing_since_s, self._missing_from_s = time.time(), time.monotonic()
 
     def wake(self) -> None:
         """Let callers that wait for a channel look again."""
@@ -431,7 +432,8 @@ class Link:
                     await self._links.directory.wait_changed(self.daemon_id, location)
                 continue
             if self.trouble is not None:
-                log.log(self._level, "%s is there after %.1f s", self.name, time.time() - self._missing_since_s)
+                away_s = time.monotonic() - self._missing_from_s
+                log.log(self._level, "%s is there after %.1f s", self.name, away_s)
             pause_s, self.trouble, self._channel, self.remains = 0.0, None, channel, False
             self.wake()
             self._links.on_connected(self.daemon_id)

@@ -7,29 +7,57 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 from .. import control, kernel_mounts
 from ..commands.mounting import start_mount, unmount
 from ..errors import UserError
 from ..limits import CHUNK_SIZE_MIN, MIB
 from ..processes import ProcessId, Starting, alive, end, wait_ready
-from ..registry import init_registry
+from ..registry import Registry, init_registry
+from .hosts import Cable, Star
 
 #: Seconds that a daemon may take to stop in order, and a mount to flush and leave.
 STOP_S = 30.0
 #: Bytes of a small disk: the journal, the store with its reserve, and the files of a dozen workers fit in.
 DISK_SIZE = 64 * MIB
+#: Seconds for what is to come soon, on however slow a machine, and between two looks whether it has: nobody tells.
+SOON_S = 60.0
+LOOK_S = 0.1
 #: Workers are never told EIO because a daemon is being started anew, on however slow a machine; what hangs ends.
 OP_TIMEOUT_S = 300
 
 
+def wait_until(condition: Callable[[], bool], timeout_s: float = SOON_S) -> bool:
+    """Look again and again whether something is so that nobody tells of; tell whether it came in time."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(LOOK_S)
+    return True
+
+
 class LocalCluster:
-    """Be daemons, and mounts of them, below ``directory``, which exists. A context manager: at its end all are gone."""
+    """Be daemons, and mounts of them, below ``directory``, which exists. A context manager: at its end all are gone.
+
+    With ``lease_s``, every daemon and every mount lives on a host of its own, behind a cable that can be cut, and that
+    is the daemons' lease. Mounts are seen from here all the same.
+    """
 
     def __init__(
-        self, directory: Path, *, daemons: int, mounts: int, daemon_module: str, small_disks: bool = False
+        self,
+        directory: Path,
+        *,
+        daemons: int,
+        mounts: int,
+        daemon_module: str,
+        small_disks: bool = False,
+        lease_s: float | None = None,
     ) -> None:
         self.directory = directory
         self.registry = directory / "registry"
@@ -43,12 +71,19 @@ class LocalCluster:
         init_registry(self.registry, daemons, CHUNK_SIZE_MIN)
         for path in (*self.mountpoints, *self.data_dirs):
             path.mkdir(mode=0o700)
-        #: Disks that have to be taken away.
-        self._disks: list[Path] = []
         self._small_disks = small_disks
+        self._lease_s = lease_s
+        #: The hosts: the daemons' in their order, then the mounts'.
+        self._star: Star | None = None
+        #: What lies below the processes.
+        self._below = ExitStack()
 
     def __enter__(self) -> "LocalCluster":
         try:
+            if self._lease_s is not None:
+                self._below.enter_context(_shared_mount(self.directory))
+                names = [path.name for path in (*self.data_dirs, *self.mountpoints)]
+                self._star = self._below.enter_context(Star(names, shares_mounts=True))
             for data_dir in self.data_dirs if self._small_disks else []:
                 self._make_disk(data_dir)
             self.start(range(len(self.data_dirs)), self.mountpoints)
@@ -65,13 +100,9 @@ class LocalCluster:
         image = path.with_suffix(".image")
         with image.open("wb") as file:
             file.truncate(DISK_SIZE)
-        for command in (["mkfs.ext4", "-q", str(image)], ["mount", "-o", "loop", str(image), str(path)]):
-            try:
-                subprocess.run(command, check=True, capture_output=True, text=True)
-            except (OSError, subprocess.CalledProcessError) as error:
-                why = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
-                raise UserError(f"cannot make a small disk: {why}") from None
-        self._disks.append(path)
+        _run("cannot make a small disk", "mkfs.ext4", "-q", str(image))
+        _run("cannot make a small disk", "mount", "-o", "loop", str(image), str(path))
+        self._below.callback(_detach, path)
         path.chmod(0o700)
 
     # ── starting and killing ─────────────────────────────────────────────────────────────────────────────────────────
@@ -90,14 +121,20 @@ class LocalCluster:
         data_dir = self.data_dirs[number]
         words = [f"--registry-dir={self.registry}", f"--data-dir={data_dir}", f"--daemon-id={number}"]
         log = self.directory / f"{data_dir.name}.log"
-        return Starting(self._daemon_module, [*words, "--listen=127.0.0.1"], log)
+        if self._star is None:
+            return Starting(self._daemon_module, [*words, "--listen=127.0.0.1"], log)
+        words += [f"--listen={self._star.addresses[number]}", "--tls=tcp", f"--lease={self._lease_s}"]
+        return Starting(self._daemon_module, words, log, self._star.hosts[number].enter)
 
     def _start_mount(self, path: Path) -> Starting:
         log = self.directory / f"{path.name}.log"
-        return start_mount(path, self.registry, log, [f"--op-timeout={OP_TIMEOUT_S}"])
+        words = [f"--op-timeout={OP_TIMEOUT_S}"]
+        if self._star is None:
+            return start_mount(path, self.registry, log, words)
+        return start_mount(path, self.registry, log, [*words, "--tls=tcp"], self._star.hosts[self._host(path)].enter)
 
-    def kill(self, daemons: Sequence[int], mountpoints: Sequence[Path]) -> None:
-        """End processes as ``kill -9`` does, all at once, and wait until the daemons are gone.
+    def kill(self, daemons: Sequence[int], mountpoints: Sequence[Path]) -> list[ProcessId]:
+        """End processes as ``kill -9`` does, all at once, and wait until the daemons are gone; return the mounts'.
 
         A mount may have to be freed first, which the next one does at its place.
         """
@@ -108,6 +145,7 @@ class LocalCluster:
         for process in gone:
             os.waitpid(process.pid, 0)
         self._killed += killed
+        return killed
 
     def dead(self) -> list[str]:
         """Name what should run and does not."""
@@ -117,19 +155,65 @@ class LocalCluster:
 
     # ── asking ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def ask(self, path: Path) -> control.Report | None:
+        """Ask a mount how it is, and its daemons; None if there is none. UserError: it does not answer."""
+        record = control.read_record(path)
+        if record is None:
+            return None
+        *_, report = control.ask(record, control.Question("status"), STOP_S)
+        return report
+
+    def _said(self, path: Path) -> list[dict[str, Any]] | None:
+        """Return what all daemons say of themselves, as a mount hears it; None if one of them says nothing."""
+        report = self.ask(path)
+        found = [daemon.status for daemon in report.daemons if daemon.status is not None] if report is not None else []
+        return cast(list[dict[str, Any]], found) if len(found) == len(self.data_dirs) else None
+
     def at_rest(self) -> bool:
         """Tell whether the daemons have nothing left to do behind the service. UserError: the mount does not answer."""
-        record = control.read_record(self.mountpoints[0])
-        if record is None:
-            return False
-        *_, report = control.ask(record, control.Question("status"), STOP_S)
-        found = [daemon.status for daemon in report.daemons if daemon.status is not None]
-        idle = not any(one[what] for one in found for what in ("orphans", "to_drop", "prepared", "grace"))
-        return idle and len(found) == len(self.data_dirs)
+        found = self._said(self.mountpoints[0])
+        idle = ("orphans", "to_drop", "prepared", "grace")
+        return found is not None and not any(one[what] for one in found for what in idle)
+
+    def process_of(self, path: Path) -> ProcessId:
+        """Return the process of a mount that was started."""
+        return self._mounts[path]
+
+    def sessions_over(self, mounts: Iterable[ProcessId], asked: Path) -> bool:
+        """Tell whether all daemons have dealt with the end of what these processes had, asked over another mount.
+
+        Nothing that those had sent is done after that.
+        """
+        found, pids = self._said(asked), {process.pid for process in mounts}
+        return found is not None and not any(one["pid"] in pids for said in found for one in said["sessions"])
 
     def chunk_files(self) -> list[Path]:
         """List the chunk files of all daemons."""
         return [path for data_dir in self.data_dirs for path in (data_dir / "chunks").glob("*/*")]
+
+    # ── the network ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _host(self, place: int | Path) -> int:
+        """Return the host of a daemon or of a mount."""
+        return place if isinstance(place, int) else len(self.data_dirs) + self.mountpoints.index(place)
+
+    def cable(self, place: int | Path) -> Cable:
+        """Return the cable of the host of a daemon or of a mount."""
+        assert self._star is not None
+        return self._star.cables[self._host(place)]
+
+    def passes(self, place: int | Path) -> bool:
+        """Tell whether a connection can be made to the host of a daemon, or from that of a mount to a daemon."""
+        assert self._star is not None
+        daemon, from_ = (place, self.mountpoints[0]) if isinstance(place, int) else (0, place)
+        with Registry(self.registry) as registry:
+            entry = registry.find(daemon)
+        return entry is not None and self._star.hosts[self._host(from_)].reaches(entry.address)
+
+    @property
+    def enter(self) -> list[str]:
+        """Return the words in front of a command that is to reach the daemons."""
+        return self._star.hosts[-1].enter if self._star is not None else []
 
     # ── ending ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -172,5 +256,30 @@ class LocalCluster:
             self._reap(process)
         for path in self.mountpoints:
             control.remove_record(path)
-        while self._disks:
-            subprocess.run(["umount", "--lazy", str(self._disks.pop())], check=True)
+        self._below.close()
+
+
+@contextmanager
+def _shared_mount(path: Path) -> Iterator[None]:
+    """Have what is mounted below a directory seen by all hosts, and from here. UserError."""
+    _run("cannot share mounts", "mount", "--bind", str(path), str(path))
+    try:
+        # Of its own: whoever shares the file system that the directory lies in has no part in it.
+        _run("cannot share mounts", "mount", "--make-private", str(path))
+        _run("cannot share mounts", "mount", "--make-shared", str(path))
+        yield
+    finally:
+        _detach(path)
+
+
+def _detach(path: Path) -> None:
+    _run(f"cannot take away what is mounted at {path}", "umount", "--lazy", str(path))
+
+
+def _run(trouble: str, *command: str) -> None:
+    """Run a command that Ctrl-C does not end. UserError."""
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, start_new_session=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
+        raise UserError(f"{trouble}: {why}") from None

@@ -1,4 +1,4 @@
-"""Keep the workers: start them, hear what they say into their manifests, see what was under way when something died.
+"""Keep the workers: start them, hear what they say into their manifests, see what was under way when a fault struck.
 
 One thread hears all workers and changes what is remembered of them, under ``Hands.changed``; everything else happens in
 the thread that runs the torture.
@@ -6,6 +6,7 @@ the thread that runs the torture.
 
 import contextlib
 import json
+import math
 import os
 import pickle
 import select
@@ -100,12 +101,12 @@ class Hand:
         return f"worker {self.number} ({self.mount.name}/{self.name})"
 
 
-class Kill:
-    """Be one moment in which something was killed: between two times, ns of CLOCK_MONOTONIC."""
+class Strike:
+    """Be the time in which something was killed, or cut off: between two times, ns of CLOCK_MONOTONIC."""
 
     def __init__(self, begun_ns: int) -> None:
         self.begun_ns = begun_ns
-        self.ended_ns = begun_ns
+        self.ended_ns: float = math.inf
         #: Kinds of the operations that were under way all the time.
         self.struck: list[str] = []
 
@@ -125,7 +126,7 @@ class Hands:
         self.shared = Shared()
         self.acknowledged: Counter[str] = Counter()
         self.changed = threading.Condition()
-        self._kill: Kill | None = None
+        self._strike: Strike | None = None
         self._processes: dict[int, Process] = {}
         self._wake_reader, self._wake_writer = os.pipe()
         self._ended = False
@@ -174,18 +175,25 @@ class Hands:
                 hand.under_way, hand.begun_ns = operation, time_ns
             case ["end", result, time_ns] if hand.under_way is not None:
                 done, hand.under_way = hand.under_way, None
-                if (kill := self._kill) is not None and hand.begun_ns < kill.begun_ns and time_ns > kill.ended_ns:
-                    kill.struck.append(done[0])
+                self._note(hand.begun_ns, time_ns, done[0])
                 self.acknowledged[done[0]] += 1
                 hand.tree.apply(done)
                 if done[0] in KINDS:
                     self.shared.end(hand.number, done, result)
-            case ["fail", int(number), _]:
+            case ["fail", int(number), time_ns] if hand.under_way is not None:
                 hand.failed = number
+                self._note(hand.begun_ns, time_ns, hand.under_way[0])
             case ["wrong", str(sentence), _]:
+                hand.wrong = sentence
+            case ["cannot", str(sentence), _]:
                 hand.wrong = sentence
             case [str(answer), _]:
                 process.answer = answer
+
+    def _note(self, begun_ns: int, ended_ns: int, kind: str) -> None:
+        """Note an operation that has ended or failed, if it was under way all the time in which a fault struck."""
+        if (strike := self._strike) is not None and begun_ns < strike.begun_ns and ended_ns > strike.ended_ns:
+            strike.struck.append(kind)
 
     # ── aiming ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -198,34 +206,46 @@ class Hands:
             )
 
     @contextlib.contextmanager
-    def killing(self) -> Iterator[Kill]:
+    def striking(self) -> Iterator[Strike]:
         """Note what is under way all the time from the begin to the end of the block."""
         with self.changed:
-            self._kill = kill = Kill(time.monotonic_ns())
-        yield kill
-        kill.ended_ns = time.monotonic_ns()
+            self._strike = strike = Strike(time.monotonic_ns())
+        yield strike
+        strike.ended_ns = time.monotonic_ns()
 
-    def struck(self, kill: Kill) -> list[str]:
-        """Return the kinds of the operations that were under way when something was killed; ask once it is back."""
+    def struck(self, strike: Strike) -> list[str]:
+        """Return the kinds of the operations that were under way when a fault struck; ask once all is back."""
         with self.changed:
-            self._kill = None
+            self._strike = None
             left = [
-                hand.under_way[0] for hand in self.hands if hand.under_way is not None and hand.begun_ns < kill.begun_ns
+                hand.under_way[0]
+                for hand in self.hands
+                if hand.under_way is not None and hand.failed is None and hand.begun_ns < strike.begun_ns
             ]
-        return kill.struck + left
+        return strike.struck + left
+
+    def wait_failed(self, hands: Sequence[Hand]) -> bool:
+        """Wait until an operation of each of these has failed; tell whether it came in time."""
+        with self.changed:
+            return self.changed.wait_for(lambda: all(hand.failed is not None or hand.wrong for hand in hands), STUCK_S)
 
     # ── starting and ending ──────────────────────────────────────────────────────────────────────────────────────────
 
     def run(self, command: str, root: Path, *more: Any) -> str:
         """Have another process do one thing; return what went wrong, empty: nothing."""
-        process = self._spawn(lambda process, words: setattr(process, "answer", words[0]))
+        said: list[list[Any]] = []
+        process = self._spawn(lambda process, words: said.append(words))
         process.tell(command, str(root), *more)
         with self.changed:
-            self.changed.wait_for(lambda: process.gone or process.answer, STUCK_S)
-            done = bool(process.answer)
+            self.changed.wait_for(lambda: process.gone or said, STUCK_S)
         gone = process.gone
         process.end()
-        return "" if done else f"{command} {root} {'failed' if gone else f'did not end in {STUCK_S:g} s'}"
+        match said:
+            case [["cannot", sentence, _]]:
+                return f"{command} {root} failed: {sentence}"
+            case [_]:
+                return ""
+        return f"{command} {root} {'failed' if gone else f'did not end in {STUCK_S:g} s'}"
 
     def look(self, root: Path) -> list[Entry] | str:
         """Have another process look at all that is there; what went wrong instead, as a sentence."""

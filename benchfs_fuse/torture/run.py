@@ -1,8 +1,8 @@
 """Run a torture from its begin to its verdict.
 
-Workers go on while processes are killed and come back. In the end everything that was acknowledged is compared with
-what a fresh mount shows, the daemons have to come to rest, ``benchfs check`` has to find nothing, and when all
-files are removed no chunk may be left. The first complaint ends the run.
+Workers go on while processes are killed and come back, and hosts are cut off and joined again. In the end everything
+that was acknowledged is compared with what a fresh mount shows, the daemons have to come to rest, ``benchfs check`` has
+to find nothing, and when all files are removed no chunk may be left. The first complaint ends the run.
 """
 
 import errno
@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -25,7 +26,8 @@ from typing import Any, NamedTuple
 from .. import mountpoints
 from ..errors import UserError
 from ..kernel_mounts import plain_path
-from .cluster import LocalCluster
+from .cluster import LocalCluster, wait_until
+from .cuts import CUTS, LEASE_S, Cut, Cuts
 from .damage import DIRECTORY, Damage
 from .hands import Hand, Hands
 
@@ -33,8 +35,6 @@ DAEMONS = 2
 MOUNTS = 2
 #: Seconds for the daemons to finish what goes on behind the service, a dead mount's files included.
 REST_S = 120.0
-#: Seconds between looks at daemons that have something to do.
-REST_LOOK_S = 0.1
 #: Longest pause between two kills, and longest time that something stays dead on purpose, s.
 PAUSE_S = 1.0
 DEAD_S = 0.3
@@ -74,8 +74,13 @@ class Plan(NamedTuple):
     lose_chunks: bool = False
     #: Whether the disks are filled and emptied.
     fill_disk: bool = False
-    #: End when so many kills have struck.
+    #: Whether hosts are cut off the network.
+    cut_network: bool = False
+    #: End when so many kills and so many cuts have struck.
     kills_max: int | None = None
+    cuts_max: int | None = None
+    #: Which cuts there are, in any order.
+    cuts: Sequence[Cut] = CUTS
     #: What is started as a daemon: tests plant faults.
     daemon_module: str = "benchfs_fuse.daemon"
 
@@ -91,6 +96,10 @@ class Verdict(NamedTuple):
     missed: Counter[str]
     #: Operations under way when something was killed, by kind.
     struck: Counter[str]
+    #: Cuts by what was cut off for how long, and the operations under way all the time, likewise.
+    cuts: Counter[str]
+    cuts_missed: Counter[str]
+    cut_off: Counter[str]
     #: A signal ended it early.
     interrupted: bool
     #: Chunk files that were taken away or cut short.
@@ -102,7 +111,7 @@ class Verdict(NamedTuple):
     kept: Path | None
 
 
-#: Be told what is going on: seconds so far, operations, kills.
+#: Be told what is going on: seconds so far, operations, kills and cuts.
 Tell = Callable[[str, float, int, int], None]
 
 
@@ -141,6 +150,7 @@ class _Run:
         self._struck: Counter[str] = Counter()
         self._cluster: LocalCluster | None = None
         self._damage: Damage | None = None
+        self._cuts: Cuts | None = None
         self._fills = 0
         self._refused = 0
         self._full = False
@@ -148,7 +158,12 @@ class _Run:
         self._base = "" if plan.mountpoint is None else f"torture-{os.getpid()}/"
         if plan.mountpoint is None:
             self._cluster = LocalCluster(
-                directory, daemons=DAEMONS, mounts=MOUNTS, daemon_module=plan.daemon_module, small_disks=plan.fill_disk
+                directory,
+                daemons=DAEMONS,
+                mounts=MOUNTS,
+                daemon_module=plan.daemon_module,
+                small_disks=plan.fill_disk,
+                lease_s=LEASE_S if plan.cut_network else None,
             )
             mounts, self._registry = self._cluster.mountpoints, self._cluster.registry
         else:
@@ -158,6 +173,8 @@ class _Run:
         self._mounts = mounts
         self._stack = stack
         self._hands = Hands(directory, mounts, self._base, plan.workers, plan.seed, plan.fill_disk)
+        if self._cluster is not None and plan.cut_network:
+            self._cuts = Cuts(self._cluster, self._hands, self._random, plan.cuts, self._aim, self._found_no_room)
         self._begun_s = time.monotonic()
 
     @contextmanager
@@ -185,7 +202,7 @@ class _Run:
             self._stack.enter_context(self._cluster)
         before = self._check() if self._cluster is None else []
         complaints = self._prepare() or self._work() or self._finish(before)
-        interrupted = self._stop
+        interrupted, cuts = self._stop, self._cuts
         return Verdict(
             complaints,
             time.monotonic() - self._begun_s,
@@ -193,6 +210,9 @@ class _Run:
             self._kills,
             self._missed,
             self._struck,
+            cuts.done if cuts is not None else Counter(),
+            cuts.missed if cuts is not None else Counter(),
+            cuts.struck if cuts is not None else Counter(),
             interrupted,
             len(self._damage.left) if self._damage is not None else 0,
             self._fills,
@@ -202,7 +222,8 @@ class _Run:
 
     def _show(self, what: str) -> None:
         done = sum(self._hands.acknowledged.values())
-        self._tell(what, time.monotonic() - self._begun_s, done, sum(self._kills.values()))
+        cuts = self._cuts.done.total() if self._cuts is not None else 0
+        self._tell(what, time.monotonic() - self._begun_s, done, self._kills.total() + cuts)
 
     # ── working ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -227,15 +248,29 @@ class _Run:
         while not self._stop and (left_s := end_s - time.monotonic()) > 0:
             self._show("working")
             self._pause(min(left_s, self._random.uniform(0, PAUSE_S)))
-            complaints = self._kill() if self._plan.kill and not self._stop else []
+            complaints = self._strike()
             if self._damage is not None and self._random.random() < LOSE_SHARE:
                 self._damage.lose()
             complaints = complaints or self._fill(not self._full) or self._revive() or self._look_after()
             if complaints:
                 return complaints
-            if self._plan.kills_max is not None and sum(self._kills.values()) >= self._plan.kills_max:
+            if self._struck_enough():
                 break
         return self._fill(False) or self._revive() or self._hands.stop() or self._revive(False) or self._look_after()
+
+    def _strike(self) -> list[str]:
+        """Kill something, or cut something off."""
+        ways = [self._kill] if self._plan.kill else []
+        if self._cuts is not None:
+            ways.append(self._cuts.cut)
+        return self._random.choice(ways)() if ways and not self._stop else []
+
+    def _struck_enough(self) -> bool:
+        """Tell whether there were as many faults as were wanted."""
+        cuts = self._cuts.done.total() if self._cuts is not None else 0
+        wanted = ((self._plan.kills_max, self._kills.total()), (self._plan.cuts_max, cuts))
+        enough = [done >= most for most, done in wanted if most is not None]
+        return bool(enough) and all(enough)
 
     def _pause(self, seconds: float) -> None:
         with self._hands.changed:
@@ -288,21 +323,28 @@ class _Run:
         assert self._cluster is not None
         daemons, mounts = self._victims()
         hands = [hand for hand in self._hands.hands if hand.mount in mounts]
-        self._hands.wait_under_way(hands or self._hands.hands, self._random.choice(AIMS), AIM_S)
-        time.sleep(min(self._random.expovariate(1 / AIM_DELAY_S), 10 * AIM_DELAY_S))  # somewhere in the operation
-        with self._hands.killing() as kill:
-            self._cluster.kill(daemons, mounts)
+        self._aim(hands)
+        with self._hands.striking() as strike:
+            killed = self._cluster.kill(daemons, mounts)
         for hand in hands:
             self._hands.kill(hand)
         self._pause(self._random.choice([0, self._random.uniform(0, DEAD_S)]))
         self._cluster.start(daemons, mounts)
+        # What their mount had sent may be done until then, and not afterwards.
+        if killed and not wait_until(partial(self._cluster.sessions_over, killed, self._mounts[0])):
+            return [f"the session of {mounts[0].name}, which was killed, does not end"]
         for hand in hands:
             self._hands.bury(hand)
-        struck = self._hands.struck(kill)
+        struck = self._hands.struck(strike)
         title = " and ".join(name for name, some in ((DAEMON_KILLS, daemons), (MOUNT_KILLS, mounts)) if some)
         (self._kills if struck else self._missed)[title] += 1
         self._struck.update(struck)
         return self._restart(hands)
+
+    def _aim(self, hands: Sequence[Hand]) -> None:
+        """Wait for somewhere in an operation of one of these workers; of any, if there are none."""
+        self._hands.wait_under_way(hands or self._hands.hands, self._random.choice(AIMS), AIM_S)
+        time.sleep(min(self._random.expovariate(1 / AIM_DELAY_S), 10 * AIM_DELAY_S))
 
     def _restart(self, hands: Sequence[Hand]) -> list[str]:
         return self._hands.start(hands) if hands else []
@@ -363,16 +405,15 @@ class _Run:
         """Wait until the daemons have nothing left to do."""
         if self._cluster is None:
             return []
-        deadline_s = time.monotonic() + REST_S
-        while not self._cluster.at_rest():
-            if time.monotonic() > deadline_s:
-                return [f"the daemons have not come to rest after {REST_S:g} s"]
-            time.sleep(REST_LOOK_S)  # nobody tells without being asked
-        return []
+        if wait_until(self._cluster.at_rest, REST_S):
+            return []
+        return [f"the daemons have not come to rest after {REST_S:g} s"]
 
     def _check(self) -> list[str]:
         """Run ``benchfs check``; return what it finds."""
         command = [sys.executable, "-m", "benchfs_fuse.cli", "check", str(self._registry), "--json"]
+        if self._cluster is not None:
+            command = [*self._cluster.enter, *command]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=CHECK_S, check=False, start_new_session=True
         )

@@ -16,6 +16,8 @@ CLOCK_MONOTONIC) at the end. A line is shorter than PIPE_BUF, so a kill never le
     ["blocks", DIRECTORY, FILE]        read those block by block, write them to FILE, pickled; ["read"]
     ["fill", DIRECTORY]                write files until there is no room; ["full"]
     ["remove", DIRECTORY]              remove everything below and it; ["removed"]
+
+Where one of these fails: ["cannot", SENTENCE], and the end. ["work"] says so otherwise.
 """
 
 import contextlib
@@ -538,6 +540,14 @@ def main(fd: int) -> None:
         os.write(fd, json.dumps([*words, time.monotonic_ns()]).encode() + b"\n")
 
     commands = _Commands()
+    try:
+        obey(commands, say)
+    except OSError as error:
+        say("cannot", f"{error.strerror}: {error.filename or ''}")
+
+
+def obey(commands: "_Commands", say: Callable[..., None]) -> None:
+    """Do what is told. OSError: it could not be done."""
     for command in commands:
         match command:
             case ["prepare", str(root)]:
