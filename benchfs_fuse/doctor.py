@@ -279,7 +279,8 @@ def check_knobs(
 ) -> Finding:
     """Find out whether a mount can be tuned from outside: requests in flight (fusectl) and read-ahead (bdi).
 
-    The same fusectl file system holds ``abort``, which frees the callers of a hung mount.
+    The companion library sets the first without root; nothing else sets the second. The same fusectl file system holds
+    ``abort``, which frees the callers of a hung mount.
     """
     if (os.geteuid() if euid is None else euid) != 0:
         missing = ["max_background", "read_ahead_kb"]
@@ -292,7 +293,7 @@ def check_knobs(
     if not missing:
         return Finding("FUSE knobs", "ok", "max_background and read_ahead_kb can be set")
     costs = {
-        "max_background": "12 asynchronous requests in flight, and nobody can free the callers of a hung mount",
+        "max_background": "12 requests in flight without the companion library; nobody frees callers of a hung mount",
         "read_ahead_kb": "read-ahead of 128 KiB",
     }
     return Finding(

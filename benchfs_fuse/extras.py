@@ -10,6 +10,7 @@ one asks for the file's attributes and drops what the kernel has cached if they 
 import errno
 import fcntl
 import functools
+import math
 import os
 import time
 from collections.abc import Awaitable, Callable
@@ -18,7 +19,7 @@ from contextlib import nullcontext, suppress
 import trio
 
 from .companion import Companion, Hooks
-from .errors import BadHandle, FsError, InvalidArgument, NoDevice
+from .errors import BadHandle, DaemonUnreachable, FsError, InvalidArgument, NoDevice
 from .fuse import BenchfsOperations, errno_of
 from .interrupts import Interrupts
 from .model import LOCK_END, LockKind, LockType
@@ -80,14 +81,18 @@ class Extras:
         serve: Callable[[], Awaitable[Answer]],
         changed: int = 0,
         take_back: Callable[[], Awaitable[None]] | None = None,
+        patient: bool = False,
     ) -> None:
         """Run a task that serves a request, which changes data of the file handle ``changed``.
+
+        It has a deadline as handlers have (fuse.guarded), unless it is ``patient``: it may have much to do, or to wait.
 
         Whoever was freed meanwhile did not tell the kernel so: then it drops its data, and ``take_back`` undoes what
         the caller, who was told EINTR, does not know of.
         """
         unique = self._interrupts.begin()
         started_ns, asked = time.perf_counter_ns(), self._operations.asked()
+        timeout_s = math.inf if patient else self._operations.timeout_s
         ino = 0
         with suppress(BadHandle):  # it may be closed before this is done
             ino = self._operations.handle(changed).ino if changed else 0
@@ -96,8 +101,12 @@ class Extras:
             recorder = recording.recorder
             operation = recorder.begin_operation(name, *asked) if recorder is not None else None
             failed = 0
+            answer: Answer | None = None
             try:
-                answer = await serve()
+                with trio.move_on_after(timeout_s):
+                    answer = await serve()
+                if answer is None:
+                    raise DaemonUnreachable(f"{name} took longer than {timeout_s} s")
             except trio.Cancelled:
                 self._companion.reply_error(request, errno.EINTR)
                 raise
@@ -134,7 +143,7 @@ class Extras:
             await self._operations.sync_data(handle)
             return self._reply(request)
 
-        self._start(request, "fallocate", serve, changed=fh)
+        self._start(request, "fallocate", serve, changed=fh, patient=True)
 
     def _on_lseek(self, request: int, fh: int, offset: int, whence: int) -> None:
         async def serve() -> Answer:
@@ -185,7 +194,7 @@ class Extras:
             await self._operations.sync_data(target)
             return functools.partial(self._companion.reply_count, request, copied)
 
-        self._start(request, "copy_file_range", serve, changed=target_fh)
+        self._start(request, "copy_file_range", serve, changed=target_fh, patient=True)
 
     # ── locks ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -233,7 +242,7 @@ class Extras:
                 for first, end in new:
                     await self._locks.set(ino, owner, lock_kind, LockType.UNLOCK, first, end)
 
-        self._start(request, "setlk", serve, take_back=take_back)
+        self._start(request, "setlk", serve, take_back=take_back, patient=bool(wait))
 
     # ── extended attributes ──────────────────────────────────────────────────────────────────────────────────────────
 

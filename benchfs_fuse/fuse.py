@@ -23,6 +23,7 @@ import contextlib
 import errno
 import functools
 import logging
+import math
 import os
 import stat
 import time
@@ -36,7 +37,17 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 
 from .callers import read_caller
 from .companion import ATIME_NOW, CAP_DONT_MASK, CAP_EXPLICIT_INVAL_DATA, MTIME_NOW, Companion
-from .errors import BadHandle, Exists, FsError, NoAttribute, NotADirectory, NotFound, NotSupported, Stale
+from .errors import (
+    BadHandle,
+    DaemonUnreachable,
+    Exists,
+    FsError,
+    NoAttribute,
+    NotADirectory,
+    NotFound,
+    NotSupported,
+    Stale,
+)
 from .interrupts import Interrupts
 from .limits import MIB, NAME_MAX, TASKS_MAX
 from .model import ROOT_INO, Attrs, LockKind
@@ -67,6 +78,8 @@ BLOCK_SIZE_ADVISED = MIB
 SPACE_UNIT = 4096
 BLOCKS_UNIT = 512
 
+#: Operations that may have much to write.
+FLUSHING = frozenset({"flush", "fsync", "release", "fsyncdir"})
 #: FUSE_WRITE of linux/fuse.h, and its flag for pages that the kernel writes back.
 OPCODE_WRITE = 16
 WRITE_CACHE = 1 << 0
@@ -113,9 +126,12 @@ def _leaves(group: ExceptionGroup[Exception]) -> Iterator[Exception]:
 def guarded(handler: H) -> H:
     """Let nothing but FUSEError and cancellation out of a handler: anything else would end pyfuse3's main loop.
 
-    Count what the handler does, and record it if somebody wants that.
+    The operation has a deadline, whatever it waits for: its requests have each their own, and before them it may wait
+    for those of others. Only what flushes takes as long as there is progress. Count what the handler does, and record
+    it if somebody wants that.
     """
     name = handler.__name__
+    patient = name in FLUSHING
 
     @functools.wraps(handler)
     async def run(operations: "BenchfsOperations", *args: Any) -> Any:
@@ -124,7 +140,9 @@ def guarded(handler: H) -> H:
         operation = recorder.begin_operation(name, *operations.asked()) if recorder is not None else None
         error = 0
         try:
-            return await handler(operations, *args)
+            with trio.move_on_after(math.inf if patient else operations.timeout_s):
+                return await handler(operations, *args)
+            raise DaemonUnreachable(f"{name} took longer than {operations.timeout_s} s")
         except Exception as failure:  # noqa: BLE001  the one place where everything is caught, and logged
             error = errno_of(failure, name)
             raise FUSEError(error) from None
@@ -244,6 +262,8 @@ class BenchfsOperations(pyfuse3.Operations):
         self._held: dict[tuple[int, bytes], int] = {}
         self.statistics = Statistics()
         self.bytes_read = self.bytes_written = 0
+        #: Longest time for an operation, s.
+        self.timeout_s = namespace.links.op_timeout_s
         #: Questions for attributes that hardly any file has, and how many were answered from memory.
         self.absent_asked = self.absent_known = 0
 

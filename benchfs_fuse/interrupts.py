@@ -8,10 +8,14 @@ its caller is freed, with EINTR or by its death:
 - after ``GRACE_S`` otherwise. Programs are not prepared for EINTR from a file, and many get signals all the time
   (timers, children that end): what a daemon answers in the usual time is not to fail because of one.
 
-The kernel does not tell of every signal: not of those to who waits for direct reads and writes, nor that a process that
-closes a file does so because it exits. What reads, writes or closes is therefore looked at every ``GRACE_S``, and freed
-if it is dying. What a freed request would have opened is closed again by whoever served it, and what it changed is
-dropped by the kernel, which does not know of it (``begin``, ``end``).
+The kernel does not tell of every signal: not of those to who waits for direct reads and writes or for read-ahead, nor
+that a process that closes a file does so because it exits. What reads, writes or closes is therefore looked at every
+``GRACE_S``, and freed if it is dying, or cannot get at a signal that it handles: at the first look if a daemon is
+missing, else at the second one that finds it so. Who waited for read-ahead then asks for the page himself, which the
+kernel does tell about.
+
+What a freed request would have opened is closed again by whoever served it, and what it changed is dropped by the
+kernel, which does not know of it (``begin``, ``end``).
 """
 
 import logging
@@ -31,26 +35,33 @@ GRACE_S = 1.0
 
 
 class _Watched(NamedTuple):
-    """Be a caller (thread id) that may be dying untold, and say when to look (trio time)."""
+    """Be a caller (thread id) that may get signals untold; say when to look (trio time), and what was seen last."""
 
     pid: int
     when: float
+    held: bool = False
 
 
 class Interrupts:
-    """Know which requests may be interrupted how. ``is_dying`` tells whether a thread (its id) is about to end."""
+    """Know which requests may be interrupted how.
 
-    def __init__(self, companion: Companion, links: Links, is_dying: Callable[[int], bool]) -> None:
+    ``is_dying`` tells whether a thread (its id) is about to end, ``is_held`` whether it cannot get at a signal.
+    """
+
+    def __init__(
+        self, companion: Companion, links: Links, is_dying: Callable[[int], bool], is_held: Callable[[int], bool]
+    ) -> None:
         self._companion = companion
         self._links = links
         self._is_dying = is_dying
+        self._is_held = is_held
         self._nursery: trio.Nursery | None = None
         #: Requests that give up when they are interrupted.
         self._waits: dict[int, trio.CancelScope] = {}
         #: Requests whose handlers have to know whether the caller was freed, and those of them whose caller was.
         self._under_way: set[int] = set()
         self._freed: set[int] = set()
-        #: Those of them whose caller may be dying untold; the oldest first.
+        #: Those of them whose caller may get signals untold; the oldest first.
         self._watched: dict[int, _Watched] = {}
         self._watching = trio.Event()
 
@@ -66,13 +77,14 @@ class Interrupts:
                 self._look(trio.current_time())
 
     def _look(self, now: float) -> None:
-        """Free those who are dying among the requests that have been watched long enough."""
+        """Free those who are dying or held among the requests that have been watched long enough."""
         for unique, watched in [item for item in self._watched.items() if item[1].when <= now]:
             del self._watched[unique]
-            if self._is_dying(watched.pid):
+            held = self._is_held(watched.pid)
+            if self._is_dying(watched.pid) or (held and (watched.held or not self._all_connected())):
                 self._free(unique)
             else:
-                self._watched[unique] = watched._replace(when=now + GRACE_S)
+                self._watched[unique] = _Watched(watched.pid, now + GRACE_S, held)
 
     def signal(self, unique: int) -> None:
         """Take note that the caller of a request was sent a signal: the hook ``interrupt``."""
@@ -112,7 +124,7 @@ class Interrupts:
     def begin(self, *, watch: bool = False) -> int:
         """Note that the handler of the request that is being handled has to know whether the caller was freed.
 
-        ``watch``: look whether the caller is dying. Return what ``end`` takes.
+        ``watch``: look whether the caller got a signal. Return what ``end`` takes.
         """
         request = self._companion.request
         unique, pid = request.unique, request.pid

@@ -25,9 +25,8 @@ from . import __version__, companion, config, control, kernel_mounts, mountpoint
 from .client import Session, open_session
 from .errors import FsError, UserError
 from .interrupts import Interrupts, hush
-from .limits import KIB
 from .observe.seldom import said_seldom
-from .processes import identify, is_dying, say_ready
+from .processes import identify, is_dying, is_held, say_ready
 from .rpc.messages import StatusReply
 from .scheduling import wish_short_slices
 from .services.files import Files
@@ -99,7 +98,6 @@ def prepare(library: companion.Companion, hooks: companion.Hooks) -> None:
         unwanted=UNWANTED,
         max_background=MAX_BACKGROUND,
         congestion_threshold=CONGESTION_THRESHOLD,
-        max_readahead=READ_AHEAD_KB * KIB,
     )
     library.hook(hooks)
     hush()
@@ -131,7 +129,7 @@ class Mount:
         ):
             library, interrupts, locks = self._library, None, None
             if library is not None:
-                interrupts = Interrupts(library, session.links, is_dying)
+                interrupts = Interrupts(library, session.links, is_dying, is_held)
                 await nursery.start(interrupts.run)
                 locks = session.locks if settings.locks else None
             operations = fuse.BenchfsOperations(

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO, NamedTuple, Self
 
 import msgspec
 
@@ -110,20 +110,41 @@ _HARMLESS |= {signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
 _EXITING = 4
 
 
+class _Signals(NamedTuple):
+    """Hold the signals of a thread, a bit for each from the lowest on: pending, blocked, ignored, handled."""
+
+    pending: int
+    blocked: int
+    ignored: int
+    caught: int
+
+
+def _status(thread_id: int) -> tuple[str, _Signals]:
+    """Return the state of a thread (one letter) and its signals; OSError if it has gone."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{thread_id}/status").read_text().splitlines())
+    own, shared, *masks = (int(status[name], 16) for name in ("SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt"))
+    return status["State"].split()[0], _Signals(own | shared, *masks)
+
+
 def is_dying(thread_id: int) -> bool:
     """Tell whether a thread has gone, exits, or has a signal pending that will end it."""
     try:
         if int(Path(f"/proc/{thread_id}/stat").read_text().rpartition(")")[2].split()[6]) & _EXITING:
             return True
-        status = dict(line.split(":", 1) for line in Path(f"/proc/{thread_id}/status").read_text().splitlines())
+        _, signals = _status(thread_id)
     except OSError:
         return True
+    survived = signals.blocked | signals.ignored | signals.caught | sum(1 << (number - 1) for number in _HARMLESS)
+    return bool(signals.pending & ~survived)
 
-    def mask(name: str) -> int:
-        return int(status[name], 16)
 
-    survived = mask("SigBlk") | mask("SigIgn") | mask("SigCgt") | sum(1 << (number - 1) for number in _HARMLESS)
-    return bool((mask("SigPnd") | mask("ShdPnd")) & ~survived)
+def is_held(thread_id: int) -> bool:
+    """Tell whether a thread cannot handle a signal that it was sent, because the kernel has it wait (state D)."""
+    try:
+        state, signals = _status(thread_id)
+    except OSError:
+        return False
+    return state == "D" and bool(signals.pending & signals.caught & ~signals.blocked)
 
 
 # ── ending ───────────────────────────────────────────────────────────────────────────────────────────────────────────

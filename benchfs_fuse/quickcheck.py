@@ -2,9 +2,10 @@
 
     python -m benchfs_fuse.quickcheck /mnt/benchfs --baseline /dev/shm
 
-The same works as those of ``benchfs bench compare``, once: a real tree (Python's standard library) and a large file go
-in and out with cp, blocks are written and read with fio, all of it goes away with ``rm -r``. What is read back cold
-comes past the kernel's page cache where the file system lets go of it (tmpfs cannot: there the cache is the storage).
+The same works as those of ``benchfs bench compare``, or parts of them: a real tree (Python's standard library) goes in
+and out with cp and away with ``rm -r``, a large file in and out with cp and with dd, blocks are written and read with
+fio. What is read back cold comes past the kernel's page cache where the file system lets go of it (tmpfs cannot: there
+the cache is the storage).
 """
 
 import argparse
@@ -53,6 +54,7 @@ def run_steps(where: Path, scratch: Path, sizes: Sizes) -> list[Measure]:
     measures = list(work.copy_tree(at))
     runs = [list(work.copy_large(at)) for _ in range(LARGE_RUNS)]
     measures += [min(same, key=lambda one: one.time_ns) for same in zip(*runs, strict=True)]
+    measures += work.copy_dd_once(at)
     measures += work.run_fio(at)
     return measures
 
@@ -70,17 +72,17 @@ def _workplace(directory: Path) -> Iterator[Path]:
 
 
 def _large_bytes(target: Path, baseline: Path, tree: Path) -> int:
-    """Choose the large file's size: four of it, or two more trees, have to fit beside what is there already."""
+    """Choose the large file's size: five of it, or two more trees, have to fit beside what is there already."""
     tree_bytes = sum(path.lstat().st_blocks * 512 for path in tools.walk(tree))
     taken = 2 * tree_bytes + 5 * FIO_BYTES
-    needed = taken + 4 * LARGE_BYTES_MIN
+    needed = taken + 5 * LARGE_BYTES_MIN
     rooms = []
     for path in (target, baseline):
         space = os.statvfs(path)
         rooms.append(space.f_bavail * space.f_frsize)
         if rooms[-1] < needed:
             raise UserError(f"{path}: {rooms[-1] // MIB} MiB are free, the check needs {needed // MIB + 1} MiB")
-    return min(LARGE_BYTES_MAX, (min(rooms) - taken) // 4 // MIB * MIB)
+    return min(LARGE_BYTES_MAX, (min(rooms) - taken) // 5 // MIB * MIB)
 
 
 def compare(target: Path, baseline: Path) -> tuple[list[Measure], list[Measure]]:

@@ -39,7 +39,7 @@ ROOMS = {
                 "testing",
                 "torture",
             ),  # the packages' own __init__: docstrings
-            *("model", "limits", "errors", "layout", "acl", "privileges", "disk", "hooks", "comparison"),
+            *("model", "limits", "errors", "layout", "acl", "privileges", "disk", "comparison"),
             *("observe", "observe.durations", "observe.spans", "observe.timeline", "observe.perfetto"),
             *("rpc.messages", "rpc.frames", "rpc.handshake", "bench.samples"),
             *("torture.manifest", "torture.shared"),

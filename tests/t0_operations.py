@@ -38,10 +38,16 @@ def test_every_setting_is_listed_with_its_option_and_default() -> None:
         assert meaning
 
 
-def test_every_command_is_listed() -> None:
-    (commands,) = (action for action in make_parser()._actions if isinstance(action, argparse._SubParsersAction))
-    listed = {cells[0].split()[1].strip("`") for cells in ROWS if cells[0].startswith("`benchfs ")}
-    assert listed == set(commands.choices)
+def choices(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(commands.choices)
+
+
+def test_every_command_and_every_benchmark_is_listed() -> None:
+    listed = [cells[0].strip("`").split()[1:] for cells in ROWS if cells[0].startswith("`benchfs ")]
+    commands = choices(make_parser())
+    assert {words[0] for words in listed} == set(commands)
+    assert sorted(words[1] for words in listed if words[0] == "bench") == sorted(choices(commands["bench"]))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +56,8 @@ def test_every_command_is_listed() -> None:
         f"waits up to {client.COMPLETE_TIMEOUT_S:.0f} s for the daemons that are missing",
         f"within {sessions.RETURN_S:.0f} s",
         f"what can\nbe flushed in {mounting.FORCE_LEAVE_S} s",
-        f"a reserve of {disk.RESERVE_MAX // limits.MIB} MiB (1/{disk.RESERVE_PART} of",
+        f"a reserve of {disk.RESERVE_MAX // limits.MIB} MiB and",
+        f"{disk.INODES_RESERVE_MAX} inodes (1/{disk.RESERVE_PART} of",
         f"1 to {limits.DAEMONS_MAX}.",
         f"max_background` | {mount.MAX_BACKGROUND} |",
         f"congestion_threshold` | {mount.CONGESTION_THRESHOLD} |",

@@ -30,6 +30,7 @@ SOME = make_report(
 ROWS = {
     "copy a tree": ["tree in", "tree out cold", "tree out warm", "tree remove"],
     "copy a large file": ["large in", "large out cold", "large out warm"],
+    "copy a large file inside": ["large inside cold"],
     "dd": [
         *("dd write sparse", "dd write 4K", "dd write 1M fsync", "dd write 1M direct", "dd write 1M"),
         *("dd read 1M cold", "dd read 1M warm", "dd read 4K warm", "dd read 1M direct"),
@@ -117,7 +118,11 @@ def test_what_is_staged_is_the_same_every_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "victim"), [("copy a tree", "tree/d0/f0"), ("copy a large file", "large"), ("dd", "dd")]
+    ("name", "victim"),
+    [
+        *(("copy a tree", "tree/d0/f0"), ("copy a large file", "large"), ("copy a large file inside", "large")),
+        ("dd", "dd"),
+    ],
 )
 def test_bytes_that_change_on_the_way_are_found(
     at: work.At, name: str, victim: str, monkeypatch: pytest.MonkeyPatch

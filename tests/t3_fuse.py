@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import logging
+import math
 import os
 import stat
 import time
@@ -98,8 +99,12 @@ async def operations(
     gather_bytes_max: int = 1 << 20,
     sync: bool = False,
     dirsync: bool = False,
+    op_timeout_s: float = math.inf,
 ) -> AsyncIterator[Mounted]:
-    async with whole.client(gather_bytes_max=gather_bytes_max) as client, trio.open_nursery() as nursery:
+    async with (
+        whole.client(gather_bytes_max=gather_bytes_max, op_timeout_s=op_timeout_s) as client,
+        trio.open_nursery() as nursery,
+    ):
         ops = BenchfsOperations(
             client.namespace,
             client.files,
@@ -141,6 +146,8 @@ def fields(*names: str) -> SetattrFields:
 
 class Counting:
     """Be as much of the operations as counting takes."""
+
+    timeout_s = 30.0
 
     def __init__(self) -> None:
         self.statistics = Statistics()
@@ -499,6 +506,40 @@ async def test_new_and_lost_names_of_our_own_leave_the_data_in_the_cache(kernel:
         assert await keeps()
         await ops.unlink(directory, b"another", CTX)
         assert await keeps()
+
+
+@pytest.mark.parametrize("what", ["getattr", "truncate", "flush", "fsync", "lookup", "write"])
+async def test_many_who_wait_for_one_daemon_are_all_told_in_time(what: str, autojump_clock: object) -> None:
+    """They wait for each other first: ten together take no longer than one."""
+    deadline_s = 30.0
+    async with whole_cluster() as whole, operations(whole, op_timeout_s=deadline_s) as (ops, client, _):
+        info, entry = await ops.create(1, b"f", 0o644, os.O_RDWR, CTX)
+        ino = entry.st_ino
+        handles = [info, *[await ops.open(ino, os.O_RDWR, CTX) for _ in range(9)]]
+        await ops.write(info.fh, 0, b"accepted")
+        await whole.cluster.daemons[client.links.shard_map.of_ino(ino)].kill()
+        calls: dict[str, Callable[[int], Awaitable[object]]] = {
+            "getattr": lambda fh: ops.getattr(ino, CTX),
+            "truncate": lambda fh: ops.setattr(ino, change(st_size=3), fields("size"), None, CTX),
+            "flush": ops.flush,
+            "fsync": lambda fh: ops.fsync(fh, False),
+            "lookup": lambda fh: ops.lookup(1, b"f", CTX),
+            "write": lambda fh: ops.write(fh, 0, bytes(2 << 20)),
+        }
+        ended: list[float] = []
+
+        async def call(fh: int) -> None:
+            with pytest.raises(FUSEError) as raised:
+                await calls[what](fh)
+            assert raised.value.errno == errno.EIO
+            ended.append(trio.current_time() - started)
+
+        started = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for handle in handles:
+                nursery.start_soon(call, handle.fh)
+        assert len(ended) == 10
+        assert max(ended) <= deadline_s
 
 
 async def lock(mount: Mounted, fh: int, owner: int, kind: LockKind = LockKind.POSIX) -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,24 @@ def test_scripts_can_be_run_and_parsed() -> None:
     for script in ("scripts/test", "scripts/quickstart", "scripts/bench-compare", ".ci/run"):
         assert os.access(ROOT / script, os.X_OK), script
         assert subprocess.run(["sh", "-n", script], cwd=ROOT, check=False).returncode == 0, script
+
+
+@pytest.mark.parametrize("there", [[], ["pkg-config"]], ids=["no pkg-config", "no compiler"])
+def test_an_installation_without_a_compiler_says_what_will_be_missing(tmp_path: Path, there: list[str]) -> None:
+    (tmp_path / "bin").mkdir()
+    for tool in there:
+        path = shutil.which(tool)
+        assert path is not None
+        (tmp_path / "bin" / tool).symlink_to(path)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path}/lib", f"--build-temp={tmp_path}/temp"],
+        cwd=ROOT,
+        env={"PATH": str(tmp_path / "bin")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "benchfs-fuse: the companion library was not built (" in done.stderr
+    assert "Mounts will work without: fallocate, " in done.stderr and "locks across mounts, " in done.stderr
+    assert "Install gcc, pkg-config and libfuse3-dev" in done.stderr
+    assert not list(tmp_path.glob("lib/**/*.so"))

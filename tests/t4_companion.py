@@ -6,11 +6,12 @@ import fcntl
 import functools
 import json
 import os
+import select
 import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -241,8 +242,10 @@ def waiting(program: str, path: Path) -> subprocess.Popen[bytes]:
 
 
 def _sleeps(pid: int) -> bool:
-    """Tell whether a process waits for an answer of the file system: in these functions of fs/fuse."""
-    return Path(f"/proc/{pid}/wchan").read_text() in ("request_wait_answer", "fuse_direct_IO", "__fuse_simple_request")
+    """Tell whether a process waits for an answer of the file system: in these functions of fs/fuse, or for a page."""
+    return Path(f"/proc/{pid}/wchan").read_text() in (
+        *("request_wait_answer", "fuse_direct_IO", "__fuse_simple_request", "folio_wait_bit_common"),
+    )
 
 
 CALLS = {
@@ -273,6 +276,85 @@ def test_a_signal_frees_a_caller_with_eintr(unreachable: Path) -> None:
     child.send_signal(signal.SIGUSR1)
     out, _ = child.communicate(timeout=FREED_S)
     assert out == b"-1 %d\n" % errno.EINTR
+
+
+#: Calls on 8 MiB that no page cache holds, as lines of a program that has them open.
+UNCACHED = {
+    "a buffered read": "call(libc.pread, fd, room, 4096, ctypes.c_int64(1 << 20))",
+    "a direct read": "call(libc.pread, direct, room, 4096, ctypes.c_int64(2 << 20))",
+    "a direct write": "call(libc.pwrite, direct, room, 4096, ctypes.c_int64(2 << 20))",
+    "a page fault": "mapped[3 << 20]",
+    "a call given a mapping": "call(libc.write, os.memfd_create('x'), ctypes.c_void_p(start + (4 << 20)), 4096)",
+    "an fsync": "call(libc.fsync, fd)",
+}
+#: A handled signal writes its number; so does what a call returns, with its errno.
+UNCACHED_PROGRAM = """
+import ctypes, mmap, os, signal, sys
+libc = ctypes.CDLL(None, use_errno=True)
+signal.signal(signal.SIGUSR1, lambda *_: None)
+def call(function, *arguments):
+    print(function(*arguments), ctypes.get_errno(), flush=True)
+fd, direct = os.open(sys.argv[1], os.O_RDWR), os.open(sys.argv[1], os.O_RDWR | os.O_DIRECT)
+mapped, page = mmap.mmap(fd, 8 << 20), mmap.mmap(-1, 4096)
+room = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(page)))
+start = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+print("now", flush=True)
+sys.stdin.readline()
+os.set_blocking(1, False)
+signal.set_wakeup_fd(1)
+"""
+
+
+@contextlib.contextmanager
+def held_in(cluster: Cluster, mount: Mount, names: Sequence[str]) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Have processes that wait in these calls for daemons that are silent; all has to be well afterwards."""
+    paths = [mount.mountpoint / name for name in names]
+    with contextlib.ExitStack() as stack:
+        children = []
+        for name, path in zip(names, paths, strict=True):
+            path.write_bytes(bytes(8 * MIB))
+            program = UNCACHED_PROGRAM + UNCACHED[name]
+            child = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", program, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                )
+            )
+            stack.callback(child.kill)
+            assert child.stdout is not None and child.stdout.readline() == b"now\n"
+            children.append(child)
+            with opened(path) as fd:
+                os.fsync(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        with silent(cluster):
+            for child in children:
+                assert child.stdin is not None
+                child.stdin.write(b"go\n")
+                child.stdin.flush()
+                wait_until(functools.partial(_sleeps, child.pid))
+            yield children
+    wait_until(lambda: status(mount)["handles"] == 0)
+    assert all(path.read_bytes() == bytes(8 * MIB) for path in paths)
+
+
+def test_a_killed_caller_dies_while_its_daemons_are_silent(cluster: Cluster, mount: Mount) -> None:
+    with held_in(cluster, mount, ["a buffered read", "a page fault", "an fsync"]) as children:
+        for child in children:
+            child.kill()
+        assert [child.wait(FREED_S) for child in children] == [-signal.SIGKILL] * len(children)
+
+
+def test_a_caller_can_handle_a_signal_while_its_daemons_are_silent(cluster: Cluster, mount: Mount) -> None:
+    with held_in(cluster, mount, list(UNCACHED)) as children:
+        for child in children:
+            child.send_signal(signal.SIGUSR1)
+        for name, child in zip(UNCACHED, children, strict=True):
+            assert child.stdout is not None
+            assert select.select([child.stdout], [], [], FREED_S)[0], name
+            assert child.stdout.read(1) == b"%c" % signal.SIGUSR1
+            if name != "a page fault":  # which is begun again
+                error = errno.EFAULT if name == "a call given a mapping" else errno.EINTR
+                assert (name, child.stdout.readline()) == (name, b"-1 %d\n" % error)
+            child.kill()
 
 
 def test_a_reader_and_a_writer_are_freed(cluster: Cluster, mount: Mount) -> None:

@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cluster import Cluster, Mount, running_cluster
 from posix_help import opened, wait_until
 
+from benchfs_fuse import control
 from benchfs_fuse.testing.syscalls import getlk, setlk
 
 #: Seconds for what takes milliseconds: what a loaded machine may take.
@@ -281,6 +283,58 @@ def test_a_child_that_ends_takes_no_lock_of_its_parent_along(mountpoint: Path, m
     finally:
         os.close(second)
     os.close(take(mountpoint2 / "inherited", "posix"))
+
+
+@pytest.fixture
+def own_cluster() -> Iterator[Cluster]:
+    """Give a cluster whose processes may be killed."""
+    with running_cluster() as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "flock" else pytest.mark.slow) for kind in KINDS]
+)
+def test_who_waits_goes_on_when_the_holders_mount_is_killed(
+    own_cluster: Cluster, kind: str, waiters: list["subprocess.Popen[bytes]"]
+) -> None:
+    doomed, other = own_cluster.mount(), own_cluster.mount()
+    (doomed.mountpoint / "f").touch()
+    holder = run(WAITING, doomed.mountpoint / "f", kind)
+    waiters.append(holder)
+    assert said(holder) == b"w" and said(holder) == b"g"
+    waiter = run(WAITING, other.mountpoint / "f", kind)
+    waiters.append(waiter)
+    assert said(waiter) == b"w" and said(waiter, 1.0) == b""
+    doomed.kill()
+    assert said(waiter) == b"g"
+
+
+def in_grace(mount: Mount) -> bool:
+    """Tell whether a daemon is missing, or waits for mounts to claim their locks: then nobody else gets any."""
+    record = control.read_record(mount.mountpoint)
+    assert record is not None
+    *_, report = control.ask(record, control.Question("status"), SOON_S)
+    return any(daemon.status is None or daemon.status["grace"] for daemon in report.daemons)
+
+
+@pytest.mark.slow
+def test_locks_are_kept_over_a_restart_of_the_daemons(own_cluster: Cluster) -> None:
+    one, other = own_cluster.mount(), own_cluster.mount()
+    held = {}
+    for kind in KINDS:
+        (one.mountpoint / kind).touch()
+        held[kind] = take(one.mountpoint / kind, kind)
+    for daemon in own_cluster.daemons:
+        daemon.kill()
+    for number in range(len(own_cluster.daemons)):
+        own_cluster.restart_daemon(number)
+    wait_until(lambda: not in_grace(other), SOON_S)
+    for kind, fd in held.items():
+        with pytest.raises(BlockingIOError):
+            take(other.mountpoint / kind, kind)
+        os.close(fd)
+        _free_soon(other.mountpoint / kind, kind)
 
 
 def test_a_deadlock_of_two_mounts_is_refused(

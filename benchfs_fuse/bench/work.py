@@ -209,6 +209,17 @@ def copy_large(at: At) -> Iterator[Measure]:
     yield out("warm")
 
 
+def copy_inside(at: At) -> Iterator[Measure]:
+    """Copy a large file from one place inside to another, with cp: some file systems do that by themselves."""
+    source, inside, copy = at.scratch / "large", at.place / "large", at.place / "copy"
+    _run("cp", "--", source, inside)
+    at.cold(inside)
+    _run("cp", "--version")
+    time_ns = _timed_ns(lambda: _run("cp", "--", inside, copy))
+    _run("cmp", "--", source, copy)
+    yield Measure("large inside", "cold", time_ns, 0, at.sizes.large_size)
+
+
 _DD_TIME = re.compile(r"copied, ([0-9.e+-]+) s")
 
 
@@ -221,35 +232,42 @@ def _dd_ns(source: Path, target: Path, *options: str) -> int:
     return max(1, round(float(found[1]) * 1e9))
 
 
+def _dd_write(at: At, name: str, source: Path, *options: str) -> Measure:
+    inside = at.place / "dd"
+    inside.unlink(missing_ok=True)
+    time_ns = _dd_ns(source, inside, *options)
+    _run("cmp", "--", source, inside)
+    return Measure(f"dd write {name}", "", time_ns, 0, at.sizes.large_size)
+
+
+def _dd_read(at: At, name: str, heat: Heat, *options: str) -> Measure:
+    copy = at.scratch / "out"
+    time_ns = _dd_ns(at.place / "dd", copy, *options)
+    _run("cmp", "--", at.scratch / "large", copy)
+    copy.unlink()
+    return Measure(f"dd read {name}", heat, time_ns, 0, at.sizes.large_size)
+
+
+def copy_dd_once(at: At) -> Iterator[Measure]:
+    """Write a large file with dd, 1 MiB at a time, and read it cold."""
+    yield _dd_write(at, "1M", at.scratch / "large", "bs=1M")
+    at.cold(at.place / "dd")
+    yield _dd_read(at, "1M", "cold", "bs=1M")
+
+
 def copy_dd(at: At) -> Iterator[Measure]:
     """Write and read a large file with dd: small and large blocks, synced, sparse, around the page cache."""
-    large, inside, copy = at.scratch / "large", at.place / "dd", at.scratch / "out"
-    size, direct = at.sizes.large_size, at.takes_direct()
-
-    def write(name: str, source: Path, *options: str) -> Measure:
-        inside.unlink(missing_ok=True)
-        time_ns = _dd_ns(source, inside, *options)
-        _run("cmp", "--", source, inside)
-        return Measure(f"dd write {name}", "", time_ns, 0, size)
-
-    def read(name: str, heat: Heat, *options: str) -> Measure:
-        time_ns = _dd_ns(inside, copy, *options)
-        _run("cmp", "--", large, copy)
-        copy.unlink()
-        return Measure(f"dd read {name}", heat, time_ns, 0, size)
-
-    yield write("sparse", at.scratch / "sparse", "bs=64K", "conv=sparse")
-    yield write("4K", large, "bs=4K")
-    yield write("1M fsync", large, "bs=1M", "conv=fsync")
+    large, direct = at.scratch / "large", at.takes_direct()
+    yield _dd_write(at, "sparse", at.scratch / "sparse", "bs=64K", "conv=sparse")
+    yield _dd_write(at, "4K", large, "bs=4K")
+    yield _dd_write(at, "1M fsync", large, "bs=1M", "conv=fsync")
     if direct:
-        yield write("1M direct", large, "bs=1M", "oflag=direct")
-    yield write("1M", large, "bs=1M")
-    at.cold(inside)
-    yield read("1M", "cold", "bs=1M")
-    yield read("1M", "warm", "bs=1M")
-    yield read("4K", "warm", "bs=4K")
+        yield _dd_write(at, "1M direct", large, "bs=1M", "oflag=direct")
+    yield from copy_dd_once(at)
+    yield _dd_read(at, "1M", "warm", "bs=1M")
+    yield _dd_read(at, "4K", "warm", "bs=4K")
     if direct:
-        yield read("1M direct", "", "bs=1M", "iflag=direct")
+        yield _dd_read(at, "1M direct", "", "bs=1M", "iflag=direct")
 
 
 # ── fio ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -492,6 +510,7 @@ Work = Callable[[At], Iterator[Measure]]
 WORKS: dict[str, Work] = {
     "copy a tree": copy_tree,
     "copy a large file": copy_large,
+    "copy a large file inside": copy_inside,
     "dd": copy_dd,
     "fio": run_fio,
     "names": work_on_names,

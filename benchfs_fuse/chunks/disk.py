@@ -22,6 +22,8 @@ shorter than its record says: never zeros (but see ``_reach``). After a power cu
 and not synced; bytes that were synced are always there. What is cut off or dropped needs no file: a damaged chunk can
 always be removed, and a trim in it leaves what is before the cut as damaged as it was.
 
+Open files are cached by chunk alone: all are opened O_RDWR, so that one serves whoever reads, writes, cuts or syncs.
+
 One chunk's operations: reads and writes run side by side. A trim, an allocation or a punch has the chunk alone but for
 reads: it waits until no write to it is under way, and holds new ones back. A drop waits for nothing: what was under way
 counts as done before it. ``Record`` is changed only in stretches without ``await``.

@@ -39,8 +39,8 @@ examples:
 _EXAMPLES_COMPARE = """\
 Does the same work in the mount, in memory (--baseline), in the directory below the daemons' data where "benchfs up"
 knows it, and in all others that are named, in alternating rounds: copies a tree of small files and a large file in and
-out, dd, fio (verified), metadata with one process and four, mmap; cold and warm apart. Every byte is checked. OUT gets
-report.md, report.json (every sample, and what they were measured on), samples.csv and plots.
+out, and a large one inside, dd, fio (verified), metadata with one process and four, mmap; cold and warm apart. Every
+byte is checked. OUT gets report.md, report.json (every sample, and what they were measured on), samples.csv and plots.
 
 As root, cold means that the caches of the whole machine are dropped: others on it feel that; --keep-caches forgets
 the pages of the files at hand alone. What breaks off keeps what was measured until then, marked as incomplete, and

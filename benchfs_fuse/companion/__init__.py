@@ -30,10 +30,9 @@ CAP_AUTO_INVAL_DATA = 1 << 12
 CAP_PARALLEL_DIROPS = 1 << 18
 CAP_EXPLICIT_INVAL_DATA = 1 << 25
 
-#: Flags of SETATTR and of WRITE requests: FATTR_* and FUSE_WRITE_* of linux/fuse.h.
+#: Flags of SETATTR requests: FATTR_* of linux/fuse.h.
 ATIME_NOW = 1 << 7
 MTIME_NOW = 1 << 8
-WRITE_KILL_SUIDGID = 1 << 2
 
 #: Where the library is, if it was built, and how its name begins.
 DIRECTORY = Path(__file__).parent
@@ -65,10 +64,7 @@ class Request(ctypes.Structure):
 
 
 class _Wishes(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_uint32)
-        for name in ("want", "unwanted", "max_background", "congestion_threshold", "max_readahead")
-    )
+    _fields_ = tuple((name, ctypes.c_uint32) for name in ("want", "unwanted", "max_background", "congestion_threshold"))
 
 
 class _Granted(ctypes.Structure):
@@ -133,17 +129,14 @@ class Companion:
         self._write_back = _function(library, "benchfs_write_back", _U64, _I64, _I64)
         library.benchfs_asked.argtypes, library.benchfs_asked.restype = [_U64], ctypes.c_uint32
 
-    def wish(
-        self, *, want: int, unwanted: int, max_background: int, congestion_threshold: int, max_readahead: int
-    ) -> None:
+    def wish(self, *, want: int, unwanted: int, max_background: int, congestion_threshold: int) -> None:
         """Say what the connection shall be, before the file system is mounted; ``granted`` tells what came of it.
 
-        ``want`` and ``unwanted`` are capabilities; ``max_readahead`` is in bytes.
+        ``want`` and ``unwanted`` are capabilities.
         """
         wishes = self._wishes
         wishes.want, wishes.unwanted = want, unwanted
         wishes.max_background, wishes.congestion_threshold = max_background, congestion_threshold
-        wishes.max_readahead = max_readahead
 
     @property
     def granted(self) -> int:

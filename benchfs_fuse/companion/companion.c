@@ -38,7 +38,6 @@ struct benchfs_wishes {
 	uint32_t unwanted;
 	uint32_t max_background;
 	uint32_t congestion_threshold;
-	uint32_t max_readahead;
 };
 
 /* What came of it; set when the kernel has said hello. */
@@ -100,8 +99,6 @@ static void complete_init(void *userdata, struct fuse_conn_info *conn)
 		conn->max_background = benchfs_wishes.max_background;
 	if (benchfs_wishes.congestion_threshold)
 		conn->congestion_threshold = benchfs_wishes.congestion_threshold;
-	if (benchfs_wishes.max_readahead)
-		conn->max_readahead = benchfs_wishes.max_readahead;
 	benchfs_granted.capable = conn->capable;
 	benchfs_granted.want = conn->want;
 	benchfs_granted.proto_minor = conn->proto_minor;

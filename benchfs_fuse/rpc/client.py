@@ -467,7 +467,7 @@ class Link:
         channel = await self._links.network.connect(location.address, handler)
         try:
             resume = self._incarnation != 0 and not self._between_daemons
-            hello = await _ask(channel, Hello(self._links.kind, self._links.label, resume), HelloReply)
+            hello = await self._say_hello(channel, resume)
             if hello.map_version != self._links.shard_map.version:
                 raise ProtocolError(
                     f"its shard map is version {hello.map_version}, ours {self._links.shard_map.version}"
@@ -483,11 +483,29 @@ class Link:
             raise
         return channel, hello.lease_s
 
+    async def _say_hello(self, channel: Channel, resume: bool) -> HelloReply:
+        """Begin or resume the session. One that has ended with nothing at stake is begun anew. Stale: something was."""
+        try:
+            return await _ask(channel, Hello(self._links.kind, self._links.label, resume), HelloReply)
+        except Stale:
+            # What is under way may have been done already, and its outcome is forgotten; what was given up has gone.
+            under_way = ORDINARY_MAX - len(self._slots) - len(self._forgetting)
+            if not resume or under_way or any(self._held()):
+                raise
+            log.warning("%s has ended the session, in which nothing was open: beginning another", self.name)
+            return await _ask(channel, Hello(self._links.kind, self._links.label, False), HelloReply)
+
+    def _held(self) -> tuple[list[OpenCount], list[LockClaim]]:
+        """Return what this client holds open at the daemon, and its locks there."""
+        shard_map = self._links.shard_map
+        return (
+            [count for count in self._links.opens() if shard_map.of_ino(count.ino) == self.daemon_id],
+            [claim for claim in self._links.locks() if shard_map.of_ino(claim.ino) == self.daemon_id],
+        )
+
     async def _reclaim(self, channel: Channel) -> None:
         """Register the open handles and the locks again with a daemon that was started anew."""
-        shard_map = self._links.shard_map
-        opens = [count for count in self._links.opens() if shard_map.of_ino(count.ino) == self.daemon_id]
-        locks = [claim for claim in self._links.locks() if shard_map.of_ino(claim.ino) == self.daemon_id]
+        opens, locks = self._held()
         pages = [Reclaim(page, last=False) for page in _pages(opens, RECLAIM_PAGE)]
         pages += [Reclaim((), last=False, locks=page) for page in _pages(locks, RECLAIM_LOCKS_PAGE)]
         lost: list[int] = []

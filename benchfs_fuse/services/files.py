@@ -173,6 +173,8 @@ class _Node:
         self.handles: set[Handle] = set()
         self.order = trio.Lock()
         self.publishing = trio.Lock()
+        #: How often publishing or syncing has failed since a daemon did not answer.
+        self.unanswered = 0
         self.syncing = trio.Lock()
         self.writing: WriteBehind
         self.store: RemoteChunkStore
@@ -206,6 +208,11 @@ class _Node:
     def size(self) -> int:
         """Return the size with everything accepted counted in."""
         return max(self.attrs.size, self.writing.end)
+
+    def check_answered(self, unanswered: int) -> None:
+        """Raise DaemonUnreachable if ``unanswered`` has grown: who has waited for that does not begin to wait anew."""
+        if self.unanswered != unanswered:
+            raise DaemonUnreachable(f"a daemon of inode {self.ino} has not answered others who asked before")
 
     @property
     def dirty(self) -> bool:
@@ -420,6 +427,8 @@ class Files:
 
     async def flush(self, handle: Handle) -> None:
         """Do what close(2) promises: everything accepted is with the daemons, or its error is raised."""
+        await handle.node.writing.settle_all()
+        handle.take_error()
         await self._quiet(handle.node)
         handle.take_error()
 
@@ -658,7 +667,9 @@ class Files:
             await self.namespace.link_of(node.ino).call(SyncMeta(), Done)
 
         async def sync_chunks() -> None:
+            unanswered = node.unanswered
             async with node.syncing:
+                node.check_answered(unanswered)
                 await self._sync_data(node, handle)
 
         await all_of(lambda sync: sync(), (sync_chunks, sync_inode))
@@ -674,6 +685,7 @@ class Files:
             await all_of(lambda daemon_id: self._sync_chunks(daemon_id, node.ino), daemons)
         except BaseException as error:
             node.writing.unsynced |= daemons
+            node.unanswered += isinstance(error, DaemonUnreachable)
             if isinstance(error, StorageError):  # a disk says once that it lost bytes, which may be anybody's
                 for other in node.handles - {handle}:
                     other.error = error
@@ -830,19 +842,21 @@ class Files:
             self._dirty.pop(node, None)
 
     async def _publish(self, node: _Node) -> None:
-        writing = node.writing
+        writing, unanswered = node.writing, node.unanswered
         await _acquire(node.publishing)
         try:
             if not writing.unpublished:
                 return
+            node.check_answered(unanswered)
             end, growth, reach = writing.unpublished_end, writing.unpublished_growth, writing.unpublished_reach
             writing.unpublished = False
             try:
                 request = CommitWrite(node.ino, end, growth, reach)
                 attrs = (await self.namespace.link_of(node.ino).call(request, AttrsReply)).attrs
-            except BaseException:
+            except BaseException as error:
                 writing.unpublished = True
                 node.doubtful = True  # it may have been applied, and its growth is counted again
+                node.unanswered += isinstance(error, DaemonUnreachable)
                 raise
             self.known.see(attrs, own=True)
             writing.unpublished_growth -= growth

@@ -7,13 +7,15 @@ retry. It ends
 - with ``Goodbye``;
 - when its process is certainly gone: its pidfd says so on this host; from elsewhere, the connection was ended over
   there and no new one came for RETURN_S;
-- when nothing was heard of it for the lease;
+- when nothing was heard of it for the lease, unless no other daemon was heard of either: then it is this one that is
+  cut off;
 - when another daemon says that it has ended there (``Expel``).
 
-A session that held files open for writing and ends without Goodbye is expelled from every daemon before its files are
-trimmed to their published size: nothing that it still had under way can land behind the trim. That a client was
-expelled is remembered for ever (F records), what it had open for writing until that is dealt with (W records), so that
-a crash in between is made good after the next start.
+A session that held anything open here, or may have (it has not reclaimed yet), and ends without Goodbye is expelled
+from every daemon before anything of it is given to others: its locks, the space of what it had open and unlinked, its
+files, which are trimmed to their published size. Nothing that it still had under way, at whichever daemon, can land
+behind that, and it reads nothing that has gone. That a client was expelled is remembered for ever (F records), what it
+had open for writing until that is dealt with (W records), so that a crash in between is made good after the next start.
 
 After a start, the sessions of the last incarnation have a lease's time to come back and reclaim their handles and
 locks (the grace). Until all have done so, or have been ended, no inode counts as unused, and nobody gets a new lock.
@@ -71,6 +73,10 @@ RETURN_S = 5.0
 #: A lease that is found to have run out this many seconds late shows that this daemon itself stood still (suspended,
 #: stopped): what the clients sent meanwhile is not read yet, so that they get another lease.
 STALL_S = 1.0
+#: Part of the lease for which no other daemon has been heard of, each of which has a heartbeat every sixth, until this
+#: one takes itself to be cut off; and how often, in a lease, it looks.
+ISOLATED_PART = 0.5
+ISOLATION_LOOKS = 12
 
 #: Tell metadata that a session has ended: its open handles, and whether it ended with Goodbye. The callee removes them
 #: (Opens.remove) and returns when all that follows is done or stored; what is left of them is removed then.
@@ -157,6 +163,8 @@ class SessionTable:
         self._boot_id = boot_id
         self._open_process = open_process
         self._sessions: dict[ClientId, Session] = {}
+        #: No other daemon is heard of: this one is cut off, and its clients cannot help their silence.
+        self._isolated = False
         #: Sessions of other daemons, by daemon number: a daemon that was started anew is another client.
         self._daemons: dict[int, Session] = {}
         self._by_channel: dict[Channel, Session] = {}
@@ -196,7 +204,7 @@ class SessionTable:
                 nursery.start_soon(self._watch, session)
             self._check_grace()
             task_status.started()
-            await trio.sleep_forever()
+            await self._watch_peers()
 
     @property
     def grace(self) -> bool:
@@ -227,6 +235,26 @@ class SessionTable:
         await process.wait_gone()
         self._finish(session, clean=False, why="its process has gone")
 
+    async def _watch_peers(self) -> None:
+        """Find out when this daemon is cut off, and when it is so no more; then all sessions have a lease to come back.
+
+        It could end nobody while it is: the others would not hear of it.
+        """
+        while True:
+            await trio.sleep(self._lease_s / ISOLATION_LOOKS)
+            isolated = self._hears_nobody()
+            if self._isolated and not isolated:
+                log.warning("other daemons are heard of again")
+                for session in self._sessions.values():
+                    session.heard_s = max(session.heard_s, trio.current_time())
+            elif isolated and not self._isolated and self._sessions:
+                log.warning("no other daemon is heard of: no client is taken for silent until one is")
+            self._isolated = isolated
+
+    def _hears_nobody(self) -> bool:
+        since_s = trio.current_time() - self._lease_s * ISOLATED_PART
+        return bool(self._others) and all(session.heard_s < since_s for session in self._daemons.values())
+
     async def _watch_lease(self, session: Session) -> None:
         """Return when the session is over, which this brings about when nothing is heard for too long."""
         while not session.over.is_set():
@@ -243,6 +271,8 @@ class SessionTable:
                 session.left_s = float("inf")
             elif now >= session.left_s + RETURN_S:
                 self._finish(session, clean=False, why="its connection was ended over there")
+            elif self._isolated and now >= session.heard_s + self._lease_s:
+                session.heard_s = now
             elif now >= session.heard_s + self._lease_s:
                 self._finish(session, clean=False, why=f"nothing was heard for {self._lease_s:.0f} s")
 
@@ -280,11 +310,12 @@ class SessionTable:
         }
         session.clean = session.clean and not written
         if not session.clean:
-            if written:
+            held = bool(written or session.opens or not session.reclaimed)
+            if held:
                 self._store.write([(disk.key(disk.FENCED, client_id), b"")])
             if session.channel is not None:
                 await session.channel.aclose()
-            if written:
+            if held:
 
                 async def expel(daemon_id: int) -> None:
                     await peers.call(daemon_id, Expel(client_id), Done)

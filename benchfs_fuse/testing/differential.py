@@ -45,27 +45,6 @@ def _allow_seekdir(difference: Difference) -> bool:
     return difference.call.name == "seekdir" and {difference.left, difference.right} == {"<EINVAL>", None}
 
 
-def _allow_now(difference: Difference) -> bool:
-    """Allow an mtime that was set to UTIME_NOW to be older than the ctime: a FUSE mount sets it by its own clock."""
-    return difference.field == "mtime to ctime" and "utim" in difference.call.name and difference.left == "<"
-
-
-def _allow_set_id(difference: Difference) -> bool:
-    """Allow set-ID bits that stay or go by other rules, in what stat(2) says of the mode.
-
-    The FUSE kernel leaves the set-group-ID bit of a file that its group may not execute (fuse_setattr of fs/fuse/dir.c)
-    and does not tell whose write it is that comes through a handle which bypasses its cache.
-    """
-    left, right = difference.left, difference.right
-    if isinstance(left, tuple) and isinstance(right, tuple) and len(left) == len(right) > 2:
-        return left[:2] + left[3:] == right[:2] + right[3:] and _without_set_id(left[2]) == _without_set_id(right[2])
-    return difference.field == "mode" and _without_set_id(left) == _without_set_id(right)
-
-
-def _without_set_id(mode: object) -> int | None:
-    return int(mode, 8) & ~0o6000 if isinstance(mode, str) and mode.startswith("0o") else None
-
-
 def _allow_chown_nothing(difference: Difference) -> bool:
     """Allow either ctime where chown changes neither owner: the times need not be updated then (POSIX, chown).
 
@@ -109,8 +88,6 @@ ALLOWANCES: dict[str, Allowance] = {
     "truncate-times": _allow_truncate_times,
     "seekdir": _allow_seekdir,
     "nodev": _allow_nodev,
-    "now": _allow_now,
-    "set-id": _allow_set_id,
     "chown-nothing": _allow_chown_nothing,
     "unnamed": _allow_unnamed,
     "ofd-pid": _allow_ofd_pid,

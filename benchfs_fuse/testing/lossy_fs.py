@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING
 import trio
 
 from .. import companion
-from ..limits import MIB
 from ..processes import say_ready
 from .lossy_disk import Loss, Refused
 
@@ -92,7 +91,7 @@ async def _run(mountpoint: Path, control: Path, ready_fd: int | None) -> None:
 
     operations = LossyOperations()
     if library is not None:
-        library.wish(want=0, unwanted=0, max_background=64, congestion_threshold=48, max_readahead=MIB)
+        library.wish(want=0, unwanted=0, max_background=64, congestion_threshold=48)
         library.hook(_hooks(operations, library))
     fuse.mount(operations, str(mountpoint), [f"fsname={SUBTYPE}", f"subtype={SUBTYPE}", "default_permissions"])
 
