@@ -27,7 +27,7 @@ from .shared import KINDS, Shared
 #: Seconds after which an operation or a worker is called stuck: a daemon that is started anew takes a few.
 STUCK_S = 90.0
 #: Seconds for a killed process to go. One for which a mount keeps a request that it took cannot be killed; it is left.
-KILLED_S = 10.0
+KILLED_S = 60.0
 
 
 class Process:
