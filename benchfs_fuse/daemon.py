@@ -32,7 +32,7 @@ from .kv.rocks import RocksStore
 from .limits import BODY_MAX
 from .model import ClientId
 from .observe.durations import Counters
-from .observe.seldom import Seldom
+from .observe.seldom import said_seldom
 from .ports import ChunkInspector, ChunkStore, KeyValueStore, Peer
 from .processes import identify, say_ready
 from .registry import DaemonEntry, Registry, boot_id
@@ -54,6 +54,7 @@ from .scheduling import wish_short_slices
 from .services.calls import Call
 from .services.chunkserver import ChunkServer
 from .services.identity import open_store, power_losses
+from .services.jobs import Jobs
 from .services.metadata import MetadataService
 from .services.peers import ClusterPeers
 from .services.sessions import SessionTable
@@ -421,13 +422,11 @@ def _own_rules() -> Iterator[None]:
     # Connections take descriptors; the usual soft limit is for programs that use select(2).
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
-    # What peers cause, they may cause again and again.
-    served, seldom = logging.getLogger(Server.__module__), Seldom()
-    served.addFilter(seldom)
     try:
-        yield
+        # What peers cause, they may cause again and again; so is what fails behind a reply tried again and again.
+        with said_seldom(Server.__module__, Jobs.__module__):
+            yield
     finally:
-        served.removeFilter(seldom)
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         os.umask(umask)
 

@@ -25,9 +25,12 @@ from . import __version__, companion, config, control, kernel_mounts, mountpoint
 from .client import Session, open_session
 from .errors import FsError, UserError
 from .interrupts import Interrupts, hush
+from .observe.seldom import said_seldom
 from .processes import identify, is_dying, is_held, say_ready
 from .rpc.messages import StatusReply
 from .scheduling import wish_short_slices
+from .services.files import Files
+from .services.jobs import Jobs
 from .services.parallel import each
 
 if TYPE_CHECKING:
@@ -372,9 +375,10 @@ def run_mount(options: MountOptions) -> int:
     code = 0
     wish_short_slices()
     try:
-        mountpoint = mountpoints.prepare(options.mountpoint, options.registry, options.settings.mount.allow_other)
-        library = companion.load() if options.settings.mount.companion else None  # before pyfuse3
-        trio.run(Mount(options, mountpoint, library).run)
+        with said_seldom(Files.__module__, Jobs.__module__):  # what fails there is tried again and again
+            mountpoint = mountpoints.prepare(options.mountpoint, options.registry, options.settings.mount.allow_other)
+            library = companion.load() if options.settings.mount.companion else None  # before pyfuse3
+            trio.run(Mount(options, mountpoint, library).run)
     except* UserError as group:
         first: BaseException = group
         while isinstance(first, BaseExceptionGroup):

@@ -227,6 +227,11 @@ def uninterrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def private(path: str, flags: int) -> int:
+    """Open a file that, if it is made here, is its user's alone: an opener for ``open``."""
+    return os.open(path, flags, 0o600)
+
+
 class Starting:
     """Be a module of ours that was started as ``python -m`` in its own session and is not ready yet.
 
@@ -240,7 +245,7 @@ class Starting:
         self._ready, writer = os.pipe()
         try:
             try:
-                with log.open("ab") as output:
+                with open(log, "ab", opener=private) as output:
                     self._log_start = output.tell()
                     self._child = subprocess.Popen(
                         [*before, sys.executable, "-m", module, *arguments, "--ready-fd", str(writer)],

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from benchfs_fuse.observe import seldom
-from benchfs_fuse.observe.seldom import Seldom
+from benchfs_fuse.observe.seldom import Seldom, said_seldom
 
 
 class Clock:
@@ -51,3 +51,13 @@ def test_only_so_many_sentences_are_remembered(clock: Clock, caplog: pytest.LogC
     for number in (10, 1, 0):
         logger.error("%d", number)
     assert caplog.messages == [str(number) for number in range(11)] + ["0"]
+
+
+def test_loggers_are_filtered_each_by_itself_and_for_a_while(caplog: pytest.LogCaptureFixture) -> None:
+    names = ("test.seldom.one", "test.seldom.two")
+    with said_seldom(*names):
+        for name in names * 3:
+            logging.getLogger(name).warning("%s failed", name)
+    assert caplog.messages == [f"{name} failed" for name in names]
+    logging.getLogger(names[0]).warning("%s failed", names[0])
+    assert caplog.messages[2:] == [f"{names[0]} failed"]

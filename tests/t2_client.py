@@ -607,6 +607,23 @@ async def test_handles_of_a_client_that_was_expelled_are_stale() -> None:
             await file.close()
 
 
+async def test_what_a_client_that_was_expelled_cannot_publish_is_not_tried_again(
+    autojump_clock: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with whole_cluster(1) as whole, whole.client() as one:
+        files = [await one.fs.open(f"/f{number}", RW) for number in range(3)]
+        for file in files:
+            await file.write(b"x", 0)
+        one.links.expel("by the test")
+        await trio.sleep(3600)
+        told = [message for message in caplog.messages if "cannot publish" in message]
+        assert len(told) == len({message.split(":")[0] for message in told}) == 3
+        for file in files:
+            with pytest.raises(Stale):
+                await file.close()
+        assert one.files.statistics() == (0, 0, 0, 0)
+
+
 @pytest.mark.parametrize(
     "use",
     [

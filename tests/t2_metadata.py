@@ -1,6 +1,7 @@
 """Names and attributes by the rules of POSIX and Linux, on several daemons; truncation; files without a name."""
 
 import errno
+import logging
 import stat
 from typing import Any
 
@@ -9,7 +10,7 @@ import trio
 from metadata_cluster import CLIENT, Called, Cluster, cluster_of
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from benchfs_fuse import acl, disk
+from benchfs_fuse import acl, disk, services
 from benchfs_fuse.acl import AclEntry
 from benchfs_fuse.errors import FsError, NoSpace, StorageError
 from benchfs_fuse.limits import (
@@ -964,6 +965,45 @@ async def test_what_was_to_be_dropped_is_dropped_after_a_crash() -> None:
         assert cluster.nodes[0].service.orphans == 1
         assert sum(len(node.chunks) for node in cluster.nodes) == 1
         cluster.check()
+
+
+async def test_a_daemon_says_what_it_finishes_after_a_crash(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, services.__name__)
+    async with cluster_of(2) as cluster:
+        cut, *removed = [await cluster.create(ROOT_INO, b"%d" % number) for number in range(5)]
+        for ino in (cut, *removed):
+            await cluster.write(ino, 6 * CHUNK)
+        unnamed = await cluster.create(ROOT_INO, b"unnamed")
+        await cluster.ask(Open(unnamed, False))
+        node = cluster.nodes[0]
+        node.die()
+        await cluster.wait_idle()
+        assert caplog.messages == []
+
+        async def gate(source: int, target: int, request: Request) -> None:
+            await trio.sleep_forever()
+
+        cluster.gate = gate
+        await cluster.ask(Unlink(ROOT_INO, b"unnamed"))
+        for number in range(1, 5):
+            await cluster.ask(Unlink(ROOT_INO, b"%d" % number))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cluster.ask, SetAttr(cut, size=1))
+            await wait_all_tasks_blocked()
+            cluster.gate = None
+            node.handles.held.clear()
+            node.die()
+        await cluster.wait_idle()
+        cluster.check()
+        assert sorted(caplog.messages) == [
+            "files that were removed before this start: the space of 4 is being given back",
+            "files without a name that nobody has open any more: 1 removed",
+            "truncations that were under way before this start: 1 finished",
+        ]
+        caplog.clear()
+        node.die()
+        await cluster.wait_idle()
+        assert caplog.messages == []
 
 
 async def test_no_file_is_dropped_on_two_pages_at_once() -> None:

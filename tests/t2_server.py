@@ -1,6 +1,7 @@
 """Requests reach their daemon once, whatever happens to connections: links and servers over the network in memory."""
 
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ from benchfs_fuse.errors import (
 )
 from benchfs_fuse.model import Attrs, ClientId, Entry, make_ino
 from benchfs_fuse.ports import Ending, KeyValueStore
+from benchfs_fuse.rpc import client
 from benchfs_fuse.rpc.client import ORDINARY_MAX, Link, Links
 from benchfs_fuse.rpc.memory import MemoryNetwork, MemoryNode
 from benchfs_fuse.rpc.messages import (
@@ -368,6 +370,41 @@ async def test_a_dead_daemon_fails_its_own_requests_at_their_deadline_only(autoj
         assert trio.current_time() == started + 30
         state = links.to(0).statistics()
         assert not state.connected and state.missing_since_s > 0 and "nobody answers" in state.trouble
+
+
+async def test_an_outage_is_logged_once_with_its_beginning_and_its_end(
+    autojump_clock: object, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = Counter[Link]()
+
+    async def count(link: Link) -> client.Location | None:
+        tries[link] += 1
+        return await locate(link)
+
+    locate = Link._locate
+    monkeypatch.setattr(Link, "_locate", count)
+    async with open_cluster(1) as cluster:
+        links = await connect(cluster, op_timeout_s=30)
+        for outage in range(1, 3):
+            tries.clear()
+            await cluster.daemons[0].kill()
+            async with trio.open_nursery() as nursery:
+
+                async def fail() -> None:
+                    for _ in range(20):
+                        with pytest.raises(DaemonUnreachable):
+                            await links.to(0).call(SyncMeta(), Done)
+
+                for _ in range(10):
+                    nursery.start_soon(fail)
+            assert tries[links.to(0)] > 100
+            missing = [message for message in caplog.messages if "missing" in message]
+            since = time.strftime("%H:%M:%S", time.localtime(links.to(0).statistics().missing_since_s))
+            assert len(missing) == outage
+            assert missing[-1].startswith(f"daemon 0 at memory:{outage} has been missing since {since}: ")
+            await cluster.daemons[0].start()
+            await links.to(0).call(GetAttr(5), AttrsReply)
+            assert len([message for message in caplog.messages if "is there after" in message]) == outage
 
 
 async def test_a_daemon_that_comes_back_elsewhere_is_found_at_once(autojump_clock: object) -> None:

@@ -295,6 +295,25 @@ async def test_a_client_that_one_daemon_gives_up_is_expelled_from_all(world: Wor
         await client.links.to(1).call(GetAttr(OTHER), AttrsReply)
 
 
+async def test_an_expelled_client_is_refused_also_where_it_held_nothing(
+    world: World, autojump_clock: MockClock
+) -> None:
+    """The record of it is what refuses it there, so none of them is ever forgotten."""
+    client, home = await world.client(), SHARDS.of_ino(FILE)
+    await client.open(FILE, writer=True)
+    for daemon in world.daemons:
+        world.network.partition(client.node, daemon.node)
+        world.network.silence(client.node, daemon.node)
+    await trio.sleep(3 * LEASE_S)
+    assert world.connected(0) == world.connected(1) == {}
+    other = world.daemons[1 - home]
+    world.network.heal(client.node, other.node)
+    with pytest.raises(Stale, match="this client was expelled"):
+        await client.links.to(other.daemon_id).call(GetAttr(OTHER), AttrsReply)
+    assert client.links.expelled.is_set()
+    assert world.connected(0) == world.connected(1) == {}
+
+
 async def test_files_are_trimmed_only_when_every_daemon_has_fenced_the_client(
     world: World, autojump_clock: MockClock
 ) -> None:

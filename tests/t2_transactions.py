@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import logging
 import random
+import re
 import stat
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -54,6 +56,7 @@ from benchfs_fuse.rpc.messages import (
     TxId,
     Unlink,
 )
+from benchfs_fuse.services import transactions
 
 # ── against the reference ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -632,6 +635,40 @@ async def test_what_was_aborted_before_a_power_cut_is_not_held_for_ever() -> Non
         await cluster.wait_idle()
         cluster.check()
         assert await cluster.lookup(directory, b"f") == ino
+
+
+async def test_a_daemon_says_how_many_operations_it_finished_or_undid_after_a_crash(
+    built: list[Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let all daemons die at every point of a rename; compare with what lay in their stores when they started anew."""
+    caplog.set_level(logging.INFO, transactions.__name__)
+    recover, found = transactions.Transactions.recover, Counter[str]()
+
+    def recover_and_count(self: transactions.Transactions) -> None:
+        recover(self)
+        found["decided"] += len(self._inherited)
+        found["prepared"] += self.prepared_count
+
+    monkeypatch.setattr(transactions.Transactions, "recover", recover_and_count)
+
+    def said(sentence: str) -> list[int]:
+        numbers = [re.search(sentence, message) for message in caplog.messages]
+        return [int(match[1]) for match in numbers if match is not None]
+
+    points = (await perform(built, rename_a_file)).points
+    assert not caplog.messages and not found.total()
+    finished = undone = decided = 0
+    for number in range(len(points)):
+        found.clear()
+        caplog.clear()
+        await perform(built, rename_a_file, (number, EVERYBODY))
+        told = said(r"decided before this start: (\d+) finished")
+        ends = said(r"prepared here before this start: (\d+) finished"), said(r"finished, (\d+) undone")
+        assert sum(told) == found["decided"] and 0 not in told
+        assert sum(ends[0]) + sum(ends[1]) == found["prepared"]
+        assert len(caplog.messages) == len(told) + len(ends[0])
+        decided, finished, undone = decided + sum(told), finished + sum(ends[0]), undone + sum(ends[1])
+    assert decided and finished and undone
 
 
 # ── waiting ──────────────────────────────────────────────────────────────────────────────────────────────────────────

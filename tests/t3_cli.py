@@ -1,6 +1,7 @@
 """The command line without a mount: help that teaches, sentences for what is wrong, and what the commands stand on."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -23,15 +24,17 @@ from cli_help import (
     succeeds,
 )
 
-from benchfs_fuse import cli, kernel_mounts, mount_helper, mountpoints, runtime
+from benchfs_fuse import cli, kernel_mounts, mount, mount_helper, mountpoints, runtime
 from benchfs_fuse.commands import mounting
 from benchfs_fuse.commands.bench import BENCHMARKS, Benchmark
+from benchfs_fuse.config import Settings
 from benchfs_fuse.datadir import DataDir
 from benchfs_fuse.errors import UserError
 from benchfs_fuse.holders import holders
 from benchfs_fuse.kernel_mounts import KernelMount
 from benchfs_fuse.processes import Starting, end, identify, wait_end, wait_ready
 from benchfs_fuse.registry import Registry, init_registry
+from benchfs_fuse.services import files, jobs
 
 COMMANDS = (
     *("up", "down", "init", "mount", "umount"),
@@ -283,6 +286,20 @@ def test_a_registry_that_is_none(place: Path) -> None:
     init_registry(registry, 1)
     (registry / "cluster.json").write_text("{")
     assert "is damaged" in refused("mount", mnt, "--registry-dir", registry)
+
+
+def test_what_a_mount_tries_again_and_again_is_said_seldom(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def prepare(*place: object) -> Path:
+        for module in (files, jobs) * 3:
+            logging.getLogger(module.__name__).warning("%s failed", module.__name__)
+        raise UserError("by the test")
+
+    monkeypatch.setattr(mountpoints, "prepare", prepare)
+    monkeypatch.setattr(mount, "wish_short_slices", lambda: None)
+    assert mount.run_mount(mount.MountOptions(place / "mnt", place, Settings())) == 1
+    assert caplog.messages == [f"{module.__name__} failed" for module in (files, jobs)]
 
 
 def test_a_log_that_cannot_be_written(place: Path) -> None:

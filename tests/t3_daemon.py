@@ -1,6 +1,7 @@
 """A daemon's rooms, wired as the program wires them, over twins of stores and network and a real registry."""
 
 import errno
+import logging
 import os
 import socket
 import time
@@ -23,7 +24,7 @@ from benchfs_fuse.model import ROOT_INO, ClientId
 from benchfs_fuse.observe.durations import Counters
 from benchfs_fuse.ports import Ending, Peer
 from benchfs_fuse.registry import DaemonEntry, Registry, init_registry
-from benchfs_fuse.rpc import client
+from benchfs_fuse.rpc import client, server
 from benchfs_fuse.rpc.client import Links, open_links
 from benchfs_fuse.rpc.memory import MemoryNetwork, MemoryNode
 from benchfs_fuse.rpc.messages import (
@@ -41,6 +42,7 @@ from benchfs_fuse.rpc.messages import (
     decode,
     encode,
 )
+from benchfs_fuse.services import jobs
 from benchfs_fuse.services.identity import open_store
 
 
@@ -225,6 +227,13 @@ async def test_a_process_that_cannot_be_watched_is_not_taken_for_dead(monkeypatc
         await watch.wait_gone()
     assert scope.cancelled_caught
     watch.close()
+
+
+def test_what_a_daemon_tries_again_and_again_is_said_seldom(caplog: pytest.LogCaptureFixture) -> None:
+    with daemon._own_rules():
+        for module in (server, jobs) * 3:
+            logging.getLogger(module.__name__).warning("%s failed", module.__name__)
+    assert caplog.messages == [f"{module.__name__} failed" for module in (server, jobs)]
 
 
 def test_this_hosts_address_is_one_of_its_own() -> None:

@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import trio
@@ -627,6 +628,67 @@ async def test_a_reservation_does_not_take_the_reserve(tmp_path: Path) -> None:
         with pytest.raises(NoSpace):
             await store.allocate(CHUNK, 0, 1024 * BLOCK)
         assert await content(store) == b"" and not files(tmp_path)
+
+
+class Disk(NamedTuple):
+    """Be a disk of ``size`` bytes, as statvfs(3) tells of one, that holds nothing but a directory's files."""
+
+    directory: Path
+    size: int
+
+    def statvfs(self, path: object) -> os.statvfs_result:
+        free = (self.size - sum(taken(file) for file in files(self.directory))) // BLOCK
+        return os.statvfs_result((BLOCK, BLOCK, self.size // BLOCK, free, free, 0, 0, 0, 0, 255))
+
+
+@pytest.mark.parametrize("call", ["write", "allocate", "both"])
+async def test_writes_under_way_never_take_more_than_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    ended: list[int] = []
+
+    async def one(store: DiskChunkStore, number: int) -> None:
+        with suppress(NoSpace):
+            if call == "write" or (call == "both" and number % 2):
+                ended.append(await store.write(ChunkId(number, 0), 0, bytes(256 * BLOCK)))
+            else:
+                ended.append(await store.allocate(ChunkId(number, 0), 0, 256 * BLOCK))
+
+    monkeypatch.setattr(os, "statvfs", Disk(tmp_path, 2000 * BLOCK).statvfs)
+    room = 3 * (256 + 2)  # what is held for a write is rounded up at both ends
+    async with opened(tmp_path, reserve=(2000 - room) * BLOCK) as (store, ring):
+        ring.hold = ring.hold_allocate = trio.Event()
+        async with trio.open_nursery() as nursery:
+            for number in range(24):
+                nursery.start_soon(one, store, number)
+            await trio.testing.wait_all_tasks_blocked()
+            ring.hold.set()
+        assert ended == [256 * BLOCK] * 3
+        assert len(files(tmp_path)) == 3
+        assert await store.write(ChunkId(24, 0), 0, bytes(6 * BLOCK)) == 6 * BLOCK
+        with pytest.raises(NoSpace):
+            await store.write(ChunkId(25, 0), 0, b"x")
+
+
+async def test_space_that_a_write_did_not_take_is_there_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(tmp_path, 1000 * BLOCK)
+    monkeypatch.setattr(os, "statvfs", disk.statvfs)
+    async with opened(tmp_path, reserve=900 * BLOCK) as (store, ring):
+        ring.write_error = OSError(errno.EIO, os.strerror(errno.EIO))
+        for _ in range(3):
+            with pytest.raises(StorageError):
+                await store.write(CHUNK, 0, bytes(90 * BLOCK))
+        ring.write_error = None
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await store.write(CHUNK, 0, bytes(90 * BLOCK))
+        for _ in range(3):  # what is there already needs nothing
+            await store.write(CHUNK, 0, bytes(90 * BLOCK))
+        assert await store.write(CHUNK, 90 * BLOCK, bytes(10 * BLOCK)) == 10 * BLOCK
+        monkeypatch.setattr(os, "statvfs", disk._replace(size=1010 * BLOCK).statvfs)
+        assert await store.allocate(ChunkId(78, 0), 0, 10 * BLOCK) == 10 * BLOCK
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EOPNOTSUPP, errno.EIO])

@@ -350,6 +350,33 @@ def test_an_up_that_is_killed_is_found_again(place: Path) -> None:
     assert nothing_runs_below(place)
 
 
+def test_nothing_that_up_makes_is_readable_by_others(place: Path) -> None:
+    """Not even where somebody else made the directory, with the usual rights and umask."""
+    mnt, data = place / "mnt", place / "data"
+    data.mkdir(mode=0o755)
+    before = os.umask(0o022)
+    try:
+        succeeds("up", mnt, "--data-dir", data)
+    finally:
+        os.umask(before)
+    found = list(data.rglob("*"))
+    assert {"registry", "daemon-0", "daemon-0.log", "mount.log", "cluster.json"} <= {path.name for path in found}
+    assert [path for path in found if path.stat().st_mode & 0o077] == []
+    succeeds("down", mnt)
+
+
+def test_down_cleans_up_behind_a_mount_that_was_killed(up: Up) -> None:
+    record = record_at(up.mnt)
+    assert record is not None
+    os.kill(record.process.pid, signal.SIGKILL)
+    assert wait_end(record.process, PATIENCE_S)
+    with pytest.raises(OSError, match="Transport endpoint is not connected"):
+        os.stat(up.mnt)
+    assert succeeds("down", up.mnt) == (0, "", "")
+    assert nothing_runs_below(up.mnt.parent)
+    assert list(up.mnt.iterdir()) == []
+
+
 def test_when_a_daemon_fails_nothing_stays(place: Path) -> None:
     mnt, data = place / "mnt", place / "data"
     succeeds("up", mnt, "--data-dir", data, "--", "true")

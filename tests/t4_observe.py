@@ -522,7 +522,52 @@ def test_top_counts_what_is_done(mount: Mount) -> None:
     )
     assert 0 < busiest["p50_us"] <= busiest["p99_us"] <= busiest["longest_us"] and busiest["busy"] > 0
     assert [[daemon["daemon"] for daemon in one["daemons"]] for one in said] == [[0, 1]] * 3
-    assert all(daemon["counters"]["files_open"] >= 0 for one in said for daemon in one["daemons"])
+    for one in said:
+        for daemon in one["daemons"]:
+            assert daemon["chunk_files_found_open"] == (1.0 if "ReadChunk" in daemon["requests"] else None)
+            assert daemon["counters"]["files_open"] >= ("ReadChunk" in daemon["requests"])
+
+
+def test_top_tells_what_was_answered_from_memory(mount: Mount) -> None:
+    path = mount.mountpoint / "f"
+    path.touch()
+    os.setxattr(path, "user.some", b"so that others have to be asked for, once")
+    with running_benchfs("top", mount.mountpoint, "--count", 2, "--interval", 0.5, "--json") as child:
+        assert json.loads(child.line())["rare_attributes_from_memory"] is None
+        for _ in range(4):
+            with pytest.raises(OSError, match="No data available"):
+                os.getxattr(path, "security.capability")
+        said = json.loads(child.line())
+        assert child.wait().code == 0
+    assert said["rare_attributes_from_memory"] == 3 / 4
+    assert round(said["operations"]["getxattr"]["per_s"] * said["seconds"]) == 4
+
+
+@pytest.mark.slow
+def test_top_tells_what_hangs(cluster: Cluster, mount: Mount) -> None:
+    """What waits for a daemon that stands still, at the mount and at the daemon that needs the other one for it."""
+
+    def depths() -> tuple[int, list[int]]:
+        (said,) = looks(mount.mountpoint, "--count", 1, "--interval", 0.1)
+        return said["requests_in_flight"], [one["counters"]["requests_in_flight"] for one in said["daemons"]]
+
+    def make() -> None:
+        for number in range(20):  # most of them concern both daemons
+            (mount.mountpoint / f"hanging-{number}").mkdir()
+
+    idle = depths()
+    stopped = process_of(cluster, mount, 1)
+    stopped.signal(signal.SIGSTOP)
+    maker = threading.Thread(target=make)
+    try:
+        maker.start()
+        deadline = time.monotonic() + PATIENCE_S
+        while depths() != (1, [idle[1][0] + 1]):
+            assert time.monotonic() < deadline
+    finally:
+        stopped.signal(signal.SIGCONT)
+        maker.join()
+    assert depths() == idle == (0, [idle[1][0]] * 2)
 
 
 def _block() -> Any:

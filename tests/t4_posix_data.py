@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import mmap
 import os
 import random
@@ -9,6 +10,7 @@ import resource
 import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -246,6 +248,77 @@ def test_a_file_size_limit_holds(mountpoint: Path) -> None:
     assert subprocess.run(["bash", "-c", script], capture_output=True, check=False).returncode != 0
     assert (mountpoint / "file").stat().st_size == 1024
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+#: What a process with a limit of 8292 bytes may do to a file of so many bytes, and what becomes of call and size.
+LIMITED = """
+import ctypes, errno, json, os, resource, signal, sys
+
+def fallocate(fd, mode, length):
+    if libc.fallocate(fd, mode, ctypes.c_long(0), ctypes.c_long(length)):
+        raise OSError(ctypes.get_errno(), "fallocate")
+
+LIMIT = 8292
+CALLS = {
+    "write up to it": (8000, 0, lambda fd: os.pwrite(fd, b"y" * 292, 8000)),
+    "write across it": (8000, 0, lambda fd: os.pwrite(fd, b"y" * 1000, 8000)),
+    "write at it": (8000, 0, lambda fd: os.pwrite(fd, b"y", LIMIT)),
+    "write behind it": (8000, 0, lambda fd: os.pwrite(fd, b"y", LIMIT + 5000)),
+    "append across it": (8000, os.O_APPEND, lambda fd: os.write(fd, b"y" * 1000)),
+    "append at it": (LIMIT, os.O_APPEND, lambda fd: os.write(fd, b"y")),
+    "truncate to it": (8000, 0, lambda fd: os.ftruncate(fd, LIMIT)),
+    "truncate behind it": (8000, 0, lambda fd: os.ftruncate(fd, LIMIT + 1)),
+    "truncate by name": (8000, 0, lambda fd: os.truncate(f"/proc/self/fd/{fd}", LIMIT + 1)),
+    "allocate up to it": (8000, 0, lambda fd: fallocate(fd, 0, LIMIT)),
+    "allocate across it": (8000, 0, lambda fd: fallocate(fd, 0, LIMIT + 1)),
+    "copy across it": (300, 0, lambda fd: os.copy_file_range(source, fd, 8000, 0, 300)),
+    "copy behind it": (300, 0, lambda fd: os.copy_file_range(source, fd, 100, 0, LIMIT)),
+}
+libc = ctypes.CDLL(None, use_errno=True)
+source = os.open("source", os.O_RDWR | os.O_CREAT)
+os.write(source, b"y" * 8000)
+for name, (size, flags, call) in CALLS.items():
+    with open(name, "wb") as file:
+        file.write(b"x" * size)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
+ended = {}
+for name, (size, flags, call) in CALLS.items():
+    fd = os.open(name, os.O_RDWR | flags)
+    try:
+        how = call(fd)
+    except OSError as error:
+        how = errno.errorcode[error.errno]
+    content = os.pread(fd, 2 * LIMIT, 0)
+    ended[name] = how, os.fstat(fd).st_size, content.count(b"y")
+    os.close(fd)
+print(json.dumps(ended))
+"""
+
+
+def test_what_would_pass_a_file_size_limit_is_cut_or_efbig(mountpoint: Path, tmp_path: Path) -> None:
+    def ended(directory: Path) -> object:
+        words = [sys.executable, "-c", LIMITED]
+        done = subprocess.run(words, cwd=directory, stdout=subprocess.PIPE, check=True, timeout=60)
+        return {name: tuple(how) for name, how in json.loads(done.stdout).items()}
+
+    local = ended(tmp_path)
+    assert local == {
+        "write up to it": (292, 8292, 292),
+        "write across it": (292, 8292, 292),
+        "write at it": ("EFBIG", 8000, 0),
+        "write behind it": ("EFBIG", 8000, 0),
+        "append across it": (292, 8292, 292),
+        "append at it": ("EFBIG", 8292, 0),
+        "truncate to it": (None, 8292, 0),
+        "truncate behind it": ("EFBIG", 8000, 0),
+        "truncate by name": ("EFBIG", 8000, 0),
+        "allocate up to it": (None, 8292, 0),
+        "allocate across it": ("EFBIG", 8000, 0),
+        "copy across it": (7992, 8292, 7992),
+        "copy behind it": ("EFBIG", 300, 0),
+    }
+    assert ended(mountpoint) == local
 
 
 # --- append ---

@@ -15,7 +15,7 @@ from cluster import running_cluster
 
 from benchfs_fuse.torture.cuts import CUTS, Cut
 from benchfs_fuse.torture.hands import Hands
-from benchfs_fuse.torture.run import DAEMON_KILLS, MOUNT_KILLS, Plan, Verdict, torture
+from benchfs_fuse.torture.run import DAEMON_KILLS, MOUNT_KILLS, Plan, Verdict, _Run, torture
 
 #: Where the random operations begin: another number gives others.
 SEED = int(os.environ.get("BENCHFS_TEST_SEED", "0"))
@@ -41,12 +41,21 @@ def local(seconds: float, seed: int = SEED) -> Plan:
     return Plan(None, seconds, seed, workers=4)
 
 
-def test_a_short_torture_finds_nothing(directory: Path) -> None:
+def test_a_short_torture_finds_nothing(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks: list[tuple[bool, list[str]]] = []
+
+    def check_and_note(self: _Run, *, removed: bool = False) -> list[str]:
+        checks.append((removed, check(self, removed=removed)))
+        return checks[-1][1]
+
+    check = _Run._check
+    monkeypatch.setattr(_Run, "_check", check_and_note)
     verdict = run(local(60)._replace(kill=BOTH, lose_chunks=True, kills_max=3))
     assert verdict.complaints == []
     assert verdict.kills.total() == 3
     assert verdict.struck.total() >= 3
     assert verdict.lost_chunks > 0
+    assert checks == [(False, []), (True, [])]  # with everything there, and with nothing there
     assert nothing_left(directory)
 
 
@@ -172,6 +181,18 @@ def command(*words: str) -> "subprocess.Popen[str]":
         text=True,
         start_new_session=True,
     )
+
+
+@pytest.mark.slow
+def test_what_cannot_be_tortured_gets_a_sentence_and_code_3(directory: Path) -> None:
+    with running_cluster() as cluster:
+        mountpoint = cluster.mount("-o", "ro").mountpoint
+        with command(str(mountpoint), "--minutes", "0.03", "--workers", "2") as process:
+            output, error = process.communicate(timeout=120)
+    assert (process.returncode, output) == (3, "")
+    assert len(error.splitlines()) == 1 and "there is no verdict: make " in error and "Read-only file system" in error
+    (kept,) = directory.iterdir()
+    assert f"logs are kept in {kept}" in error
 
 
 def test_a_mount_is_tortured_without_faults() -> None:

@@ -169,8 +169,8 @@ class DiskChunkStore:
         self._reserve = (
             min(RESERVE_MAX, space.f_blocks * space.f_frsize // RESERVE_PART) if reserve is None else reserve
         )
-        #: Bytes that may be allocated before the free space is looked at again.
-        self._space = 0
+        #: Bytes that may be allocated before the free space is looked at again, and bytes held by what is under way.
+        self._space = self._held = 0
         if self.table.leftovers:
             log.info("%d dropped chunk files of an earlier run are being removed", self.table.leftovers)
             self._start_removing()
@@ -254,20 +254,23 @@ class DiskChunkStore:
     @contextmanager
     def _writing(self, chunk: ChunkId, file: _File | None, offset: int, length: int) -> Iterator[_File]:
         """Hold a chunk's open file, or make it, for a write that there is space for."""
-        self._check_space(Record(0) if file is None else file.record, offset, length)
+        growth = self._check_space(Record(0) if file is None else file.record, offset, length)
         if file is None:
             file = self._make(chunk)
         self._check_length(file, offset)
         file.users += 1
         file.writers += 1
+        self._hold(growth)
         try:
             yield file
         except BaseException as error:
             file.torn = True
+            self._space = -growth  # it may have taken what is on no record: the next one looks anew
             if isinstance(error, OSError):
                 raise from_disk(error, self._where(chunk)) from error
             raise
         finally:
+            self._hold(-growth)
             file.writers -= 1
             if not file.writers and file.idle is not None:
                 file.idle.set()
@@ -323,22 +326,26 @@ class DiskChunkStore:
     async def allocate(self, chunk: ChunkId, offset: int, length: int, *, zero: bool = False) -> int:
         """Reserve space for ``length`` > 0 bytes; return by how many bytes the chunk's allocated space grew."""
         known = await self._enter(chunk)
-        self._check_space(Record(0) if known is None else known.record, offset, length)
+        growth = self._check_space(Record(0) if known is None else known.record, offset, length)
         if known is None:
             self._make(chunk)
-        async with self._alone(chunk) as file:
-            if file is None:  # dropped meanwhile: that came last
-                return 0
-            self._check_length(file, CHUNK_SIZE_MAX)
-            try:
-                if zero and offset < file.record.length:
-                    await self._ring.fallocate(file.fd, _PUNCH, offset, length)
-                await self._ring.fallocate(file.fd, 0, offset, length)
-            except OSError as error:
-                file.torn = True
-                await self._give_back(file, offset, length)
-                raise from_disk(error, f"allocation in {self._where(chunk)}") from error
-            return self._put(file, file.record.with_write(offset, length))
+        self._hold(growth)
+        try:
+            async with self._alone(chunk) as file:
+                if file is None:  # dropped meanwhile: that came last
+                    return 0
+                self._check_length(file, CHUNK_SIZE_MAX)
+                try:
+                    if zero and offset < file.record.length:
+                        await self._ring.fallocate(file.fd, _PUNCH, offset, length)
+                    await self._ring.fallocate(file.fd, 0, offset, length)
+                except OSError as error:
+                    file.torn = True
+                    await self._give_back(file, offset, length)
+                    raise from_disk(error, f"allocation in {self._where(chunk)}") from error
+                return self._put(file, file.record.with_write(offset, length))
+        finally:
+            self._hold(-growth)
 
     async def punch(self, chunk: ChunkId, offset: int, length: int, *, zeros_only: bool = False) -> int:
         """Make a range zeros and free the blocks that lie in it as a whole; return the bytes freed."""
@@ -574,18 +581,31 @@ class DiskChunkStore:
             raise from_disk(error, self._where(file.chunk)) from error
         file.torn = False
 
-    def _check_space(self, record: Record, offset: int, length: int) -> None:
-        """Raise NoSpace if a write would allocate out of the reserve."""
-        if length + 2 * record.granule <= self._space:
-            return
-        grown = record.with_write(offset, length).allocated - record.allocated
-        if grown <= max(0, self._space):
-            return
-        space = os.statvfs(self._directory)
-        free = space.f_bavail * space.f_frsize - self._reserve
-        if grown > free:
-            raise NoSpace(f"{free} bytes free above the reserve of {self._reserve}, {grown} needed")
-        self._space = max(grown, min(free, SPACE_STEP))
+    def _check_space(self, record: Record, offset: int, length: int) -> int:
+        """Return the bytes to hold while a write is under way: what it may allocate at most. NoSpace: the reserve's.
+
+        What others hold and have allocated already counts twice where the free space is looked at meanwhile: the last
+        bytes of a disk may be refused to somebody while others are writing.
+        """
+        growth = length + 2 * record.granule
+        if growth <= self._space:
+            return growth
+        growth = record.with_write(offset, length).allocated - record.allocated
+        if growth > max(0, self._space):
+            space = os.statvfs(self._directory)
+            free = space.f_bavail * space.f_frsize - self._reserve
+            if growth > free - self._held:
+                raise NoSpace(
+                    f"{free} bytes free above the reserve of {self._reserve}, {growth} needed and {self._held} held by "
+                    f"writes under way"
+                )
+            self._space = max(growth, min(free - self._held, SPACE_STEP))
+        return growth
+
+    def _hold(self, growth: int) -> None:
+        """Keep space for a write under way, or end doing so: what it has allocated is counted by then."""
+        self._held += growth
+        self._space -= growth
 
     async def _enter(self, chunk: ChunkId) -> _File | None:
         """Return a chunk's open file when nobody has it alone, None if there is no such chunk."""

@@ -27,7 +27,7 @@ import msgspec
 from .. import control, mountpoints
 from ..errors import UserError
 from ..mountpoints import Place, State
-from ..processes import ProcessId, Starting, alive, end, uninterrupted, wait_ready
+from ..processes import ProcessId, Starting, alive, end, private, uninterrupted, wait_ready
 from ..registry import Registry, init_registry
 from ..runtime import file_for
 from .mounting import FORCE_LEAVE_S, start_mount, tell, unmount
@@ -103,7 +103,8 @@ def _read(data_dir: Path) -> LocalCluster | None:
 
 def _write(data_dir: Path, cluster: LocalCluster) -> None:
     new = data_dir / "cluster.json.new"
-    new.write_bytes(msgspec.json.encode(cluster))
+    with open(new, "wb", opener=private) as file:
+        file.write(msgspec.json.encode(cluster))
     new.rename(data_dir / "cluster.json")
 
 

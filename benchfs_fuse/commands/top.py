@@ -87,9 +87,9 @@ def _lines(record: control.MountRecord, rates: Rates) -> list[str]:
         f"{decimal(report.accepted_bytes)} accepted and not flushed, {report.handles} handles",
         f"  read {_bytes(now.bytes_read - before.bytes_read, seconds)}, "
         f"written {_bytes(now.bytes_written - before.bytes_written, seconds)}; "
-        f"answered without sleeping: {_part(*_spun(rates))}; "
+        f"answered without sleeping: {_percent(_spun(rates))}; "
         f"rare attributes answered from memory: "
-        f"{_part(now.absent_known - before.absent_known, now.absent_asked - before.absent_asked)}",
+        f"{_percent(_remembered(rates))}",
         "",
     ]
     table = [("operation", "per second", "p50", "p99", "longest", "busy")]
@@ -98,15 +98,13 @@ def _lines(record: control.MountRecord, rates: Rates) -> list[str]:
     lines += columns(table)
     for daemon, last, requests in rates.daemons():
         counters = daemon.counters
-        opened = counters.files_opened - (last.counters.files_opened if last is not None else 0)
-        touched = sum(requests[name].count for name in ("ReadChunk", "WriteChunk") if name in requests)
         lines += [
             "",
             f"daemon {daemon.daemon_id}  {counters.requests_in_flight} requests and {counters.disk_in_flight} disk "
             f"operations under way, "
             f"read {_bytes(daemon.bytes_read - (last.bytes_read if last is not None else 0), seconds)}, "
             f"written {_bytes(daemon.bytes_written - (last.bytes_written if last is not None else 0), seconds)}; "
-            f"chunk files found open: {_part(touched - opened, touched)}",
+            f"chunk files found open: {_percent(_found_open(daemon, last, requests))}",
         ]
         rows = [(name, *_told(durations, seconds)) for name, durations in _busiest(requests)]
         total = joined(requests.values())
@@ -117,9 +115,25 @@ def _lines(record: control.MountRecord, rates: Rates) -> list[str]:
     return lines
 
 
-def _spun(rates: Rates) -> tuple[int, int]:
+def _spun(rates: Rates) -> float | None:
+    """Return which part of the answers came before anybody slept."""
     spins = rates.now.spins - rates.before.spins
-    return spins, spins + rates.now.sleeps - rates.before.sleeps
+    return _part(spins, spins + rates.now.sleeps - rates.before.sleeps)
+
+
+def _remembered(rates: Rates) -> float | None:
+    """Return which part of the questions for rare attributes the mount answered by itself."""
+    now, before = rates.now, rates.before
+    return _part(now.absent_known - before.absent_known, now.absent_asked - before.absent_asked)
+
+
+def _found_open(
+    daemon: control.DaemonCounts, last: control.DaemonCounts | None, requests: Mapping[str, Durations]
+) -> float | None:
+    """Return which part of the reads and writes of chunks found the file open."""
+    opened = daemon.counters.files_opened - (last.counters.files_opened if last is not None else 0)
+    touched = sum(requests[name].count for name in ("ReadChunk", "WriteChunk") if name in requests)
+    return _part(touched - opened, touched)
 
 
 def _busiest(operations: Mapping[str, Durations]) -> list[tuple[str, Durations]]:
@@ -144,14 +158,17 @@ def _bytes(count: int, seconds: float) -> str:
     return f"{decimal(round(count / seconds))}/s"
 
 
-def _part(some: int, of: int) -> str:
-    return f"{max(0, some) / of:.0%}" if of > 0 else "–"
+def _part(some: int, of: int) -> float | None:
+    return max(0, some) / of if of > 0 else None
+
+
+def _percent(part: float | None) -> str:
+    return f"{part:.0%}" if part is not None else "–"
 
 
 def _plain(rates: Rates) -> dict[str, Any]:
     """Return rates for programs: per second, durations in microseconds."""
     seconds = rates.seconds
-    spun, calls = _spun(rates)
     return {
         "time_s": time.time(),
         "seconds": seconds,
@@ -159,7 +176,8 @@ def _plain(rates: Rates) -> dict[str, Any]:
         "accepted_bytes": rates.report.accepted_bytes,
         "read_bytes_per_s": (rates.now.bytes_read - rates.before.bytes_read) / seconds,
         "written_bytes_per_s": (rates.now.bytes_written - rates.before.bytes_written) / seconds,
-        "answered_without_sleeping": spun / calls if calls else None,
+        "answered_without_sleeping": _spun(rates),
+        "rare_attributes_from_memory": _remembered(rates),
         "operations": _plain_operations(rates.operations, seconds),
         "daemons": [
             {
@@ -168,6 +186,7 @@ def _plain(rates: Rates) -> dict[str, Any]:
                 "read_bytes_per_s": (daemon.bytes_read - (last.bytes_read if last is not None else 0)) / seconds,
                 "written_bytes_per_s": (daemon.bytes_written - (last.bytes_written if last is not None else 0))
                 / seconds,
+                "chunk_files_found_open": _found_open(daemon, last, requests),
                 "counters": daemon.counters._asdict(),
                 "requests": _plain_operations(requests, seconds),
             }

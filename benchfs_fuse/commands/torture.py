@@ -96,8 +96,11 @@ def _show(console: Console, plan: Plan, verdict: Verdict) -> None:
         console.print(
             f"the disks were full {verdict.fills} times; {verdict.refused} operations of workers were refused"
         )
-    if verdict.kept is not None and plan.mountpoint is None:
-        console.print(f"data directories and logs are kept in {verdict.kept}")
+    if verdict.kept is not None:
+        what = "data directories and logs are" if plan.mountpoint is None else "what is known of each worker is"
+        console.print(f"{what} kept in {verdict.kept}")
+    if verdict.left is not None:
+        console.print(f"what the workers made is left in {verdict.left}")
     console.print(f"seed {plan.seed}; again: {_command(plan)}")
     if verdict.complaints:
         console.print("NOT SOUND: something acknowledged is lost or wrong", style="bold red")
@@ -122,6 +125,7 @@ def _plain(plan: Plan, verdict: Verdict) -> dict[str, object]:
         "fills": verdict.fills,
         "refused": verdict.refused,
         "kept": None if verdict.kept is None else str(verdict.kept),
+        "left": None if verdict.left is None else str(verdict.left),
         "seed": plan.seed,
         "again": _command(plan),
     }

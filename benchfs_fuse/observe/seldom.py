@@ -2,6 +2,8 @@
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 #: Seconds for which a sentence is not said again.
 PAUSE_S = 60.0
@@ -33,3 +35,16 @@ class Seldom(logging.Filter):
         if left_out:
             record.msg, record.args = f"{sentence} ({left_out} times more before)", ()
         return True
+
+
+@contextmanager
+def said_seldom(*loggers: str) -> Iterator[None]:
+    """Let these loggers, each by itself, say a sentence once in PAUSE_S for a while."""
+    filters = [(logging.getLogger(name), Seldom()) for name in loggers]
+    for logger, seldom in filters:
+        logger.addFilter(seldom)
+    try:
+        yield
+    finally:
+        for logger, seldom in filters:
+            logger.removeFilter(seldom)

@@ -886,12 +886,15 @@ class Files:
                 self._nursery.start_soon(self._flush_behind, node)
 
     async def _flush_behind(self, node: _Node) -> None:
-        """Flush where nobody waits for it: what cannot be published stays, and whoever closes tries again."""
+        """Flush where nobody waits for it: what cannot be published stays, for the next try and whoever closes.
+
+        A client that was expelled tries once.
+        """
         try:
             await self._flush(node)
         except FsError as error:
             log.warning("inode %d: cannot publish what was written: %s", node.ino, error)
-        if node.handles:
+        if node.handles and not self._links.expelled.is_set():
             self._note_dirty(node)
 
     async def drain(self, on_progress: Callable[[], None] = lambda: None) -> None:

@@ -10,6 +10,7 @@ page by page and then their records, which wait in the store and not in memory h
 RPCs: one DropChunks to each daemon that holds chunks of any file of a page.
 """
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 
@@ -24,6 +25,8 @@ from .inodes import Draft, Inode, Inodes
 from .jobs import Jobs, persist
 from .parallel import each
 from .truncations import Truncations
+
+_log = logging.getLogger(__name__)
 
 #: Dead files dropped by one request: a few KiB, and as much work as a listing of their names.
 PAGE_MAX = READDIR_ENTRIES_MAX
@@ -121,20 +124,22 @@ class Reaper:
                 self.orphans += 1
             else:
                 self.to_drop += 1
+        if self.to_drop:
+            _log.info("files that were removed before this start: the space of %d is being given back", self.to_drop)
         self._next_page()
 
     async def review(self) -> None:
         """Bury the orphans that nobody has open: asked for when nobody may reclaim any more."""
-        behind = disk.DEAD
-        while True:
-            rows = self._rows(behind)
-            if not rows:
-                return
+        behind, buried = disk.DEAD, 0
+        while rows := self._rows(behind):
             behind = rows[-1][0] + b"\0"
             for key, value in rows:
                 if value == _ORPHAN and not self._opens.count(ino := disk.number(key)):
                     self.bury(ino)
+                    buried += 1
             await trio.lowlevel.checkpoint()
+        if buried:
+            _log.info("files without a name that nobody has open any more: %d removed", buried)
 
     def _rows(self, start: bytes) -> list[tuple[bytes, bytes]]:
         found = []

@@ -40,6 +40,7 @@ one daemon needs none.
 """
 
 import itertools
+import logging
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -70,6 +71,8 @@ from .jobs import Jobs, persist
 from .locks import Locks
 from .parallel import each
 from .steps import apply, check, place, wanted
+
+_log = logging.getLogger(__name__)
 
 #: Transactions in one Secure or InDoubt: some 10 KiB.
 PAGE_MAX = 512
@@ -132,6 +135,9 @@ class Transactions:
         #: Others', aborted before their Prepare came; oldest first.
         self._refused: dict[bytes, None] = {}
         self._inherited_told = trio.Event()
+        #: Of those that were prepared when we started: whose end we have not heard, and how many ended in which way.
+        self._found: set[bytes] = set()
+        self._found_committed = self._found_aborted = 0
         #: Ours that are under way and not yet decided.
         self._undecided: set[bytes] = set()
         #: Ours that were told and are not known to be on stable storage everywhere, by daemon; and the daemons that
@@ -342,7 +348,7 @@ class Transactions:
         if request.commit:
             changed = [ino for step in steps if (ino := apply(draft, step, self._unlinked))]
         reply = FinishReply(tuple(attrs for ino in changed if (attrs := draft.attrs(ino)) is not None))
-        self._end(draft, key)
+        self._end(draft, key, commit=request.commit)
         call.commit(draft, reply)
         return reply
 
@@ -352,7 +358,7 @@ class Transactions:
         draft = self._inodes.draft()
         for key in self._prepared:
             if first <= key[1:] < last:
-                self._end(draft, key)
+                self._end(draft, key, commit=False)
         reply = FinishReply(())
         call.commit(draft, reply)
         return reply
@@ -371,14 +377,30 @@ class Transactions:
     def _is_known(self, key: bytes) -> bool:
         return key in self._undecided or self._store.get(key) is not None
 
-    def _end(self, draft: Draft, key: bytes) -> None:
+    def _end(self, draft: Draft, key: bytes, *, commit: bool) -> None:
         """Forget a prepared transaction with the draft, and unlock when it is written."""
 
         def unlock() -> None:
             self._locks.release(wanted(self._prepared.pop(key)))
+            if key in self._found:
+                self._note_found_ended(key, commit)
 
         draft.delete(key)
         draft.after_write.append(unlock)
+
+    def _note_found_ended(self, key: bytes, commit: bool) -> None:
+        """Count the end of what an earlier run had prepared; say what became of it all with the last."""
+        self._found.remove(key)
+        if commit:
+            self._found_committed += 1
+        else:
+            self._found_aborted += 1
+        if not self._found:
+            _log.info(
+                "operations on names that were prepared here before this start: %d finished, %d undone",
+                self._found_committed,
+                self._found_aborted,
+            )
 
     def _refuse(self, key: bytes) -> None:
         self._refused[key] = None
@@ -397,12 +419,19 @@ class Transactions:
                 self._inherited[key] = (txid, daemons, set(daemons))
             else:
                 self._hold(key, _decode_steps(value))
+                self._found.add(key)
                 doubtful.setdefault(txid.daemon, []).append(txid)
         if not self._inherited:
             self._inherited_told.set()
+        else:
+            self._jobs.start(self._say_told, len(self._inherited))
         for daemon in self._inodes.daemons:
             if daemon != self._inodes.daemon_id:
                 self._jobs.start(self._resume, daemon, doubtful.get(daemon, []))
+
+    async def _say_told(self, count: int) -> None:
+        await self._inherited_told.wait()
+        _log.info("operations on names that were decided before this start: %d finished at the other daemons", count)
 
     async def _resume(self, daemon: int, doubtful: list[TxId]) -> None:
         """Tell another daemon what earlier incarnations decided, that everything else of them is aborted; and ask it.
@@ -430,7 +459,7 @@ class Transactions:
         for txid in reply.aborted:
             key = _key(txid)
             if key in self._prepared:
-                self._end(draft, key)
+                self._end(draft, key, commit=False)
         draft.write()
 
 

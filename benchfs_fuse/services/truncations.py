@@ -25,7 +25,8 @@ allocated space, however often they were asked.
 RPCs of a truncation: one TrimChunks to each daemon that holds chunks of the file; of settling, to every daemon.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterable
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -40,6 +41,8 @@ from .inodes import Draft, Inode, Inodes
 from .jobs import Jobs, persist
 from .locks import Blocked, Locks
 from .parallel import each
+
+_log = logging.getLogger(__name__)
 
 _CERTAIN = b"\0"
 _DOUBTFUL = b"\1"
@@ -263,13 +266,20 @@ class Truncations:
 
     def recover(self) -> None:
         """Lock the files whose truncation was under way and finish it; remember the doubtful ones. Once."""
+        found = []
         for key, value in self._inodes.store.scan(disk.TRUNCATING, disk.after(disk.TRUNCATING)):
             ino = disk.number(key)
             if value.startswith(_DOUBTFUL):
                 self.doubtful.add(ino)
             if len(value) > 1:
                 self._locks.take({key: True})
-                self._jobs.start(self._cut, decode(SetAttr, value[1:]), None)
+                found.append(decode(SetAttr, value[1:]))
+        if found:
+            self._jobs.start(self._finish_found, found)
+
+    async def _finish_found(self, found: Sequence[SetAttr]) -> None:
+        await each(lambda request: self._cut(request, None), found)
+        _log.info("truncations that were under way before this start: %d finished", len(found))
 
     def review(self) -> None:
         """Settle the doubtful files that nobody has open: asked for when nobody may reclaim any more."""

@@ -20,11 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from .manifest import Entry, Tree, Words
 from .shared import KINDS, Shared
 
 #: Seconds after which an operation or a worker is called stuck: a daemon that is started anew takes a few.
 STUCK_S = 90.0
+#: Seconds for a killed process to go. One for which a mount keeps a request that it took cannot be killed; it is left.
+KILLED_S = 60.0
 
 
 class Process:
@@ -68,13 +71,17 @@ class Process:
         """Let it do nothing any more; it ends as soon as a mount that it waits for lets it."""
         self._child.kill()
 
-    def end(self) -> int:
-        """Kill it if it runs, wait until it has gone; return its exit code. A mount that it waits for must be gone."""
+    def end(self) -> bool:
+        """Kill it if it runs, wait until it has gone; tell whether it has, in KILLED_S: its mount may hold it."""
         if self._child.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._child.stdin.close()
         self._child.kill()
-        return self._child.wait()
+        try:
+            self._child.wait(KILLED_S)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
 
 class Hand:
@@ -313,10 +320,11 @@ class Hands:
             hand.process.kill()
 
     def bury(self, hand: Hand) -> None:
-        """Kill a worker's process, and hear its last words. Its mount must answer or be dead."""
+        """Kill a worker's process, and hear its last words. UserError: its mount neither answers nor is dead."""
         process, hand.process = hand.process, None
         if process is not None:
-            process.end()
+            if not process.end():
+                raise UserError(f"{hand.label} cannot be killed: its mount does not let it go")
             with self.changed:
                 self.changed.wait_for(lambda: process.gone, STUCK_S)
 
@@ -331,6 +339,7 @@ class Hands:
                 continue
             if not self._wait(hand.process, "stopped"):
                 complaints.append(f"{hand.label} does not stop: {hand.under_way}")
+                continue
             self.bury(hand)
         return complaints
 

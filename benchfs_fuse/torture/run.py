@@ -107,8 +107,9 @@ class Verdict(NamedTuple):
     #: How often the disks were full, and operations that were refused for that.
     fills: int
     refused: int
-    #: Where everything was kept, because something is wrong.
+    #: Where everything was kept, because something is wrong; and where what was made in a mount of others was left.
     kept: Path | None
+    left: Path | None
 
 
 #: Be told what is going on: seconds so far, operations, kills and cuts.
@@ -118,22 +119,32 @@ Tell = Callable[[str, float, int, int], None]
 def torture(plan: Plan, tell: Tell) -> Verdict:
     """Do it. Main thread only: SIGINT and SIGTERM end it early. UserError: it could not be done."""
     directory = Path(tempfile.mkdtemp(prefix="benchfs-torture-"))
-    keep = False
+    keep, run = True, None
     try:
         with ExitStack() as stack:
             run = _Run(plan, tell, directory, stack)
             with run.stopped_by_signals():
                 verdict = run.run()
-            keep = bool(verdict.complaints)
-            if keep:
-                (directory / "complaints").write_text("".join(f"{one}\n" for one in verdict.complaints))
-    except UserError as error:
-        keep = True
-        raise UserError(f"{error}; logs are kept in {directory}") from None
+        keep = bool(verdict.complaints)
+        if keep:
+            (directory / "complaints").write_text("".join(f"{one}\n" for one in verdict.complaints))
+    except (UserError, OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"{error}; {_kept(directory, run)}") from error
+    except KeyboardInterrupt:
+        keep = False
+        raise
+    except Exception as error:
+        error.add_note(_kept(directory, run))
+        raise
     finally:
         if not keep:
             shutil.rmtree(directory)
     return verdict
+
+
+def _kept(directory: Path, run: "_Run | None") -> str:
+    left = f", what the workers made is left in {run.left}" if run is not None and run.left is not None else ""
+    return f"logs are kept in {directory}{left}"
 
 
 class _Run:
@@ -176,6 +187,8 @@ class _Run:
         if self._cluster is not None and plan.cut_network:
             self._cuts = Cuts(self._cluster, self._hands, self._random, plan.cuts, self._aim, self._found_no_room)
         self._begun_s = time.monotonic()
+        #: What was made in a mount of others, until it is removed.
+        self.left: Path | None = None
 
     @contextmanager
     def stopped_by_signals(self) -> Iterator[None]:
@@ -218,6 +231,7 @@ class _Run:
             self._fills,
             self._refused,
             self._directory if complaints else None,
+            self.left,
         )
 
     def _show(self, what: str) -> None:
@@ -228,12 +242,13 @@ class _Run:
     # ── working ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _prepare(self) -> list[str]:
+        """Make what workers need. UserError: nothing can be made there."""
         mount = self._mounts[0]
-        (mount / self._base).mkdir(exist_ok=True)
-        for hand in self._hands.hands:
-            (mount / hand.name).mkdir()
-        if sentence := self._hands.run("prepare", mount / self._hands.together):
-            return [sentence]
+        sentence = self._hands.run("make", mount / self._base, [Path(hand.name).name for hand in self._hands.hands])
+        if not sentence and self._cluster is None:
+            self.left = mount / self._base
+        if sentence := sentence or self._hands.run("prepare", mount / self._hands.together):
+            raise UserError(sentence)
         if self._plan.lose_chunks and self._cluster is not None:
             if sentence := self._hands.run("keep", mount / DIRECTORY):
                 return [sentence]
@@ -385,9 +400,11 @@ class _Run:
         for root in roots:
             if sentence := self._hands.run("remove", self._mounts[0] / root):
                 return [sentence]
-        if self._cluster is None:
-            return []
-        return self._rest() or self._left_over() or self._cluster.stop()
+        self.left = None
+        complaints = self._rest() or [one for one in self._check(removed=True) if one not in before]
+        if complaints or self._cluster is None:
+            return complaints
+        return self._left_over() or self._cluster.stop()
 
     def _compare(self, mount: Path) -> list[str]:
         complaints = []
@@ -409,8 +426,8 @@ class _Run:
             return []
         return [f"the daemons have not come to rest after {REST_S:g} s"]
 
-    def _check(self) -> list[str]:
-        """Run ``benchfs check``; return what it finds."""
+    def _check(self, *, removed: bool = False) -> list[str]:
+        """Run ``benchfs check``; return what it finds. ``removed``: what was taken away is not missed any more."""
         command = [sys.executable, "-m", "benchfs_fuse.cli", "check", str(self._registry), "--json"]
         if self._cluster is not None:
             command = [*self._cluster.enter, *command]
@@ -422,7 +439,7 @@ class _Run:
         said = json.loads(done.stdout)
         findings: list[dict[str, Any]] = [*said["findings"], *said["undecided"]]
         missed: list[str] = []
-        if self._damage is not None:
+        if self._damage is not None and not removed:
             findings, missed = self._damage.without(findings)
         return missed + [
             f"benchfs check: {one['problem']}: {one['path'] or ''} inode {one['ino']}, chunk {one['chunk']}, "

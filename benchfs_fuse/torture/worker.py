@@ -5,6 +5,7 @@
 Commands come as lines of JSON on standard input; what is said goes as lines of JSON to FD, with the time (ns of
 CLOCK_MONOTONIC) at the end. A line is shorter than PIPE_BUF, so a kill never leaves half of one.
 
+    ["make", DIRECTORY, NAMES]         make it, if it is not there, and directories in it; ["made"]
     ["prepare", DIRECTORY]             make a shared directory as ``shared.Shared`` expects it; ["prepared"]
     ["look", DIRECTORY, FILE]          write all that is there to FILE, a pickled list of ``Entry``; ["looked"]
     ["work", NUMBER, SEED, DIRECTORY, SHARED, FILE, MAY_DROP]
@@ -550,6 +551,11 @@ def obey(commands: "_Commands", say: Callable[..., None]) -> None:
     """Do what is told. OSError: it could not be done."""
     for command in commands:
         match command:
+            case ["make", str(root), list(names)]:
+                Path(root).mkdir(exist_ok=True)
+                for name in names:
+                    (Path(root) / name).mkdir()
+                say("made")
             case ["prepare", str(root)]:
                 prepare(Path(root))
                 say("prepared")

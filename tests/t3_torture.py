@@ -1,0 +1,87 @@
+"""How a torture ends that cannot be brought to its end: bounded, with its evidence, and with a sentence."""
+
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from benchfs_fuse.commands import torture
+from benchfs_fuse.commands.tables import make_console
+from benchfs_fuse.errors import UserError
+from benchfs_fuse.torture import hands, run
+from benchfs_fuse.torture.run import Plan, Verdict
+
+
+class Broken:
+    """Stand for a run that breaks off."""
+
+    error: BaseException
+
+    def __init__(self, plan: Plan, tell: object, directory: Path, stack: object) -> None:
+        (directory / "log").touch()
+        self.left = None if plan.mountpoint is None else plan.mountpoint / "torture-1"
+
+    def stopped_by_signals(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def run(self) -> Verdict:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "seen", "kept"),
+    [
+        (OSError(errno.EROFS, "Read-only file system"), UserError, True),
+        (subprocess.TimeoutExpired("check", 300), UserError, True),
+        (UserError("that was wrong"), UserError, True),
+        (ZeroDivisionError("a bug"), ZeroDivisionError, True),
+        (KeyboardInterrupt(), KeyboardInterrupt, False),
+    ],
+)
+def test_evidence_is_kept_and_named_however_it_ends(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    seen: type[BaseException],
+    kept: bool,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(run, "_Run", Broken)
+    monkeypatch.setattr(Broken, "error", error, raising=False)
+    with pytest.raises(seen) as raised:
+        run.torture(Plan(Path("/somewhere"), 1, 1, 1), lambda *how_far: None)
+    assert [path.name for path in tmp_path.glob("*/*")] == ["log"] * kept
+    if kept:
+        (directory,) = tmp_path.iterdir()
+        said = "".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
+        assert said.endswith(f"logs are kept in {directory}, what the workers made is left in /somewhere/torture-1")
+
+
+def test_who_cannot_be_killed_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hands, "KILLED_S", 0.01)
+    process = hands.Process(lambda process, words: None)
+    child = process._child
+    child.send_signal(signal.SIGSTOP)
+    with monkeypatch.context() as patched:
+        patched.setattr(child, "kill", lambda: None)
+        assert not process.end()
+    assert child.poll() is None
+    monkeypatch.setattr(hands, "KILLED_S", 60)
+    assert process.end()
+    assert child.wait() == -signal.SIGKILL
+    os.close(process.fd)
+
+
+def test_what_is_kept_and_left_is_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    some: Counter[str] = Counter()
+    kept, left = tmp_path / "a", tmp_path / "b"
+    verdict = Verdict(["lost"], 1, some, some, some, some, some, some, some, False, 0, 0, 0, kept, left)
+    torture._show(make_console(), Plan(tmp_path, 1, 1, 1), verdict)
+    said = capsys.readouterr().out.replace("\n", "")
+    assert f"kept in {kept}" in said and f"left in {left}" in said
