@@ -370,7 +370,8 @@ def test_down_cleans_up_behind_a_mount_that_was_killed(up: Up) -> None:
     assert record is not None
     os.kill(record.process.pid, signal.SIGKILL)
     assert wait_end(record.process, PATIENCE_S)
-    with pytest.raises(OSError, match="Transport endpoint is not connected"):
+    # The first one may meet the connection while it goes: a request that waits then is told ECONNABORTED.
+    with pytest.raises(OSError, match=r"Transport endpoint is not connected|Software caused connection abort"):
         os.stat(up.mnt)
     assert succeeds("down", up.mnt) == (0, "", "")
     assert nothing_runs_below(up.mnt.parent)

@@ -323,13 +323,17 @@ def test_a_silent_mount_is_expelled_after_the_lease(place: Path) -> None:
         }
 
     assert mounts_known() == {str(mnt), str(silent)}
-    os.kill(record.process.pid, signal.SIGSTOP)
     deadline = time.monotonic() + PATIENCE_S / 3  # half of the default lease
-    while mounts_known() != {str(mnt)}:
-        assert time.monotonic() < deadline
-    os.kill(record.process.pid, signal.SIGCONT)
-    while (expelled := benchfs("status", silent)).code == 0:  # it has to come back to be told
-        assert time.monotonic() < deadline
+    # With nothing open it would begin another session.
+    with holding("file = open(sys.argv[1], 'wb')", silent / "held"):
+        os.kill(record.process.pid, signal.SIGSTOP)
+        try:
+            while mounts_known() != {str(mnt)}:
+                assert time.monotonic() < deadline
+        finally:
+            os.kill(record.process.pid, signal.SIGCONT)
+        while (expelled := benchfs("status", silent)).code == 0:  # it has to come back to be told
+            assert time.monotonic() < deadline
     assert expelled.code == 3 and "expelled: daemon" in expelled.out
     benchfs("umount", silent, "--force")
     succeeds("down", mnt)

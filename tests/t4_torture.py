@@ -91,6 +91,7 @@ def test_full_disks_lose_nothing(directory: Path) -> None:
     assert list(directory.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_short_cuts_lose_nothing(directory: Path) -> None:
     verdict = run(local(60)._replace(cut_network=True, cuts=[Cut.PAUSE], cuts_max=2))
     assert verdict.complaints == []
