@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -156,7 +157,7 @@ class AppendsByStaleSize(FileIo):
 
     def append(self, fd: int, data: bytes) -> None:
         size = os.fstat(fd).st_size
-        os.sched_yield()
+        time.sleep(0.001)  # long enough for the others to append meanwhile, whatever else the machine does
         other = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY)
         os.pwrite(other, data, size)
         os.close(other)
