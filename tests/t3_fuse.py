@@ -60,11 +60,15 @@ class Kernel:
 
     def __init__(self) -> None:
         self.invalidated: list[tuple[int, bool]] = []
+        self.forgotten: list[tuple[int, bytes]] = []
         self.room = 10**6
         self.listed: list[tuple[bytes, int]] = []
 
     def invalidate_inode(self, inode: int, attr_only: bool = False) -> None:
         self.invalidated.append((inode, attr_only))
+
+    def invalidate_entry(self, inode_p: int, name: bytes, deleted: int = 0) -> None:
+        self.forgotten.append((inode_p, name))
 
     def readdir_reply(self, token: object, name: bytes, attr: EntryAttributes, next_id: int) -> bool:
         if len(self.listed) == self.room:
@@ -78,6 +82,7 @@ class Kernel:
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     fake = Kernel()
     monkeypatch.setattr(pyfuse3, "invalidate_inode", fake.invalidate_inode)
+    monkeypatch.setattr(pyfuse3, "invalidate_entry", fake.invalidate_entry)
     monkeypatch.setattr(pyfuse3, "readdir_reply", fake.readdir_reply)
     return fake
 
@@ -785,6 +790,21 @@ async def test_in_a_directory_that_was_removed_elsewhere_the_kernel_looks_twice_
         with pytest.raises(FUSEError) as raised:
             await ops.opendir(ino, CTX)
         assert raised.value.errno == errno.ESTALE
+
+
+async def test_the_kernel_forgets_from_where_a_directory_was_moved_elsewhere(kernel: Kernel) -> None:
+    async with whole_cluster() as whole, whole.client() as other:
+        async with operations(whole) as (ops, _, _):
+            one, two = [(await ops.mkdir(1, name, 0o755, CTX)).st_ino for name in (b"one", b"two")]
+            for name in (b"moved", b"renamed", b"replaced"):
+                await ops.mkdir(one, name, 0o755, CTX)
+            await other.fs.rename("/one/moved", "/two/moved")
+            await other.fs.rename("/one/renamed", "/one/new")  # the kernel needs no locks for that
+            await other.fs.rename("/one/replaced", "/two/replaced")
+            await other.fs.mkdir("/one/replaced")  # which may be mounted on by now
+            for parent, name in ((two, b"moved"), (one, b"new"), (two, b"replaced"), (two, b"moved")):
+                await ops.lookup(parent, name, CTX)
+        assert kernel.forgotten == [(one, b"moved")]
 
 
 async def test_a_page_is_not_served_past_its_time(kernel: Kernel, autojump_clock: object) -> None:

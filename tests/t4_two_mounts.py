@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Event
 
 import pytest
 from posix_help import opened, refused, wait_until
@@ -53,6 +53,10 @@ def at_once(actions: Sequence[Callable[[], object]]) -> list[BaseException | Non
 
     with ThreadPoolExecutor(len(actions)) as pool:
         return list(pool.map(run_one, actions))
+
+
+def refused_with(result: BaseException | None, number: int) -> bool:
+    return isinstance(result, OSError) and result.errno == number
 
 
 def winners(actions: Sequence[Callable[[], object]], refusals: tuple[int, ...]) -> int:
@@ -269,6 +273,36 @@ def test_concurrent_renames_of_directories_make_no_cycle(mounts: tuple[Path, Pat
         ]
         assert winners(actions, (errno.ENOENT, errno.EINVAL)) == 1
         assert {path.name for path in here.rglob(f"* {index}")} == {one, other}
+
+
+def test_a_directory_that_was_moved_there_is_found_here_while_others_are_renamed(mounts: tuple[Path, Path]) -> None:
+    """The kernel gives up if it does not get its locks at two attempts: without our help, at a third of these."""
+    here, there = mounts
+    for path in (here / "from", here / "to", here / "one", here / "other", here / "from" / "0"):
+        path.mkdir()
+    (here / "one" / "file").touch()
+    assert (here / "from" / "0").is_dir()
+    lost = 0
+    ended = Event()
+
+    def rename() -> None:
+        while not ended.is_set():
+            os.rename(here / "one" / "file", here / "other" / "file")
+            os.rename(here / "other" / "file", here / "one" / "file")
+
+    with ThreadPoolExecutor(1) as pool:
+        renaming = pool.submit(rename)
+        try:
+            for index in range(10 * ROUNDS):
+                old, new = ("from", "to") if index % 2 == 0 else ("to", "from")
+                os.rename(there / old / f"{index}", there / new / f"{index + 1}")
+                found = at_once([(here / new / f"{index + 1}").stat])
+                assert found == [None] or refused_with(found[0], errno.ESTALE)
+                lost += found != [None]
+        finally:
+            ended.set()
+        renaming.result()
+    assert lost < ROUNDS / 2
 
 
 def test_a_directory_is_removed_only_while_empty(mounts: tuple[Path, Path]) -> None:

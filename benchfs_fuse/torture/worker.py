@@ -50,6 +50,8 @@ NAMES_MAX = 30
 DIRECTORIES_MAX = 8
 #: Files that a worker holds open at most.
 HELD_MAX = 4
+#: How often a path may be ESTALE before it is taken for that.
+STALE_MAX = 10
 #: Bytes read at once.
 READ_SIZE = 1 << 20
 MODES = (0o600, 0o640, 0o644, 0o666, 0o755)
@@ -87,9 +89,24 @@ def read_all(fd: int) -> bytes:
     return bytes(data)
 
 
+def _found(path: Path) -> os.stat_result:
+    """Return what lstat(2) says; OSError.
+
+    Linux answers ESTALE where a directory was moved by another mount and this one renames something right now
+    (docs/semantics.md).
+    """
+    for _ in range(STALE_MAX):
+        try:
+            return os.lstat(path)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+    return os.lstat(path)
+
+
 def look(root: Path, path: str = "") -> list[Entry]:
     """Look at everything there is at and below a directory. OSError."""
-    there = os.lstat(root / path)
+    there = _found(root / path)
     if not stat.S_ISDIR(there.st_mode):
         with opened(root / path, os.O_RDONLY) as fd:
             data = read_all(fd)
