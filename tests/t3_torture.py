@@ -3,11 +3,13 @@
 import contextlib
 import errno
 import os
+import random
 import signal
 import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,9 @@ from benchfs_fuse.commands import torture
 from benchfs_fuse.commands.tables import make_console
 from benchfs_fuse.errors import UserError
 from benchfs_fuse.torture import hands, run
+from benchfs_fuse.torture.cuts import Cut, Cuts
+from benchfs_fuse.torture.hands import Hand
+from benchfs_fuse.torture.manifest import Entry
 from benchfs_fuse.torture.run import Plan, Verdict
 
 
@@ -85,3 +90,47 @@ def test_what_is_kept_and_left_is_shown(capsys: pytest.CaptureFixture[str], tmp_
     torture._show(make_console(), Plan(tmp_path, 1, 1, 1), verdict)
     said = capsys.readouterr().out.replace("\n", "")
     assert f"kept in {kept}" in said and f"left in {left}" in said
+
+
+class Unseen:
+    """Stand for a cluster of two mounts, and for its workers: some trees cannot be looked at."""
+
+    mountpoints = (Path("/here"), Path("/there"))
+
+    def __init__(self) -> None:
+        self.hands = [Hand(number, self.mountpoints[number // 2], f"worker-{number % 2}") for number in range(4)]
+
+    def cable(self, place: Path) -> "Unseen":
+        return self
+
+    def cut(self) -> None: ...
+
+    def mend(self) -> None: ...
+
+    def passed(self) -> int:
+        return 0
+
+    def passes(self, place: Path) -> bool:
+        self.asked = not getattr(self, "asked", False)  # not while it is cut
+        return not self.asked
+
+    def process_of(self, place: Path) -> int:
+        return 1
+
+    def sessions_over(self, processes: list[int], mount: Path) -> bool:
+        return True
+
+    def look(self, root: Path) -> list[Entry] | str:
+        return [] if root.name == "worker-0" else "it failed"
+
+    def striking(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def struck(self, strike: None) -> list[str]:
+        return ["write"]
+
+
+def test_what_cannot_be_looked_at_after_an_expulsion_is_said() -> None:
+    unseen: Any = Unseen()
+    cuts = Cuts(unseen, unseen, random.Random(0), [Cut.EXPEL], lambda hands: None, lambda hand: False)
+    assert cuts.cut() == ["it failed"]

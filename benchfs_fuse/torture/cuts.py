@@ -106,7 +106,7 @@ class Cuts:
         cable.mend()
         if not wait_until(lambda: self._cluster.passes(place)):
             raise UserError("a cable that is mended lets no connection pass")
-        if isinstance(place, Path) and before:
+        if isinstance(place, Path) and before and not complaints:
             complaints += self._replace(place, hands, before)
         struck = self._hands.struck(strike)
         title = f"of a {'mount' if isinstance(place, Path) else 'daemon'}, {kind.value}"
