@@ -98,9 +98,11 @@ $wanted" ] && .venv/bin/python -c '' 2>/dev/null; then
     fi
     rm -f .venv/stamp-*
     say "installing Python packages (pinned in constraints.txt)"
+    # A path in a .pth file, not setuptools' finder of modules, which would take each start of Python twice as long.
     # As environment variables the constraints reach the isolated environments of source builds too.
     PIP_CONSTRAINT=$PWD/constraints.txt PIP_BUILD_CONSTRAINT=$PWD/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
-        .venv/bin/python -m pip install -qq --editable ".${extras:+[$extras]}" >&2 </dev/null ||
+        .venv/bin/python -m pip install -qq --config-settings editable_mode=compat \
+        --editable ".${extras:+[$extras]}" >&2 </dev/null ||
         die "pip could not install the package and its dependencies"
     ls benchfs_fuse/companion/_library*.so >/dev/null 2>&1 ||
         say "the companion library could not be built; docs/companion.md says what is missing without it"

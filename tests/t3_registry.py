@@ -296,7 +296,7 @@ async def test_waiting_for_the_complete_set_ends_with_a_sentence(opened: Registr
     opened.publish(entry_of(0))
     opened.publish(entry_of(2, dead_process()))
     with refused(r"gave up after 0 s without 2 of 3 daemons: 1 \(never started\), 2 \(its process \d+ has ended\)"):
-        await opened.wait_complete(0.01, lambda sentence: None)
+        await opened.wait_complete(0.4, lambda sentence: None)  # time to look, also beside others
 
 
 # ── a registry that hangs ────────────────────────────────────────────────────────────────────────────────────────────

@@ -25,8 +25,8 @@ def test_dd(workdir: Path, tmp_path: Path) -> None:
     tools.use_dd(workdir, tmp_path)
 
 
-#: Past the cache and mapped; all jobs with --all.
-QUICK_JOBS = {("io_uring", 1, 8), ("mmap", 0, 1)}
+#: Past the cache; all jobs with --all.
+QUICK_JOBS = {("io_uring", 1, 8)}
 
 
 @pytest.mark.parametrize(

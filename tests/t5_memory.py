@@ -116,9 +116,9 @@ def check_stores(cluster: Cluster) -> None:
     assert [path for data in data_dirs for path in (data / "chunks").glob("*/*")] == []
 
 
-def test_nothing_is_left_of_5000_files(cluster: Cluster) -> None:
+def test_nothing_is_left_of_1500_files(cluster: Cluster) -> None:
     mount = cluster.mount()
-    cycle(mount, 5000)
+    cycle(mount, 1500)
     for daemon in report_of(mount).daemons:
         assert daemon.in_flight <= 1  # the question itself
         assert daemon.status is not None

@@ -134,7 +134,7 @@ def stress(cluster: Cluster, seconds: float) -> None:
 
 
 def test_many_processes_on_two_mounts(cluster: Cluster) -> None:
-    stress(cluster, 8.0)
+    stress(cluster, 4.0)
 
 
 @pytest.mark.slow
