@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 #: What every Debian has.
 ESSENTIAL = ("sh", "tr", "cat", "cut", "head", "sort", "sha256sum", "touch", "paste", "chmod", "rm")
-PROVIDED = ("gcc", "pkg-config", "fusermount3", "fio", "getfattr", "setfacl", "rsync", "sqlite3", "git", "make")
+TOOLS = ("gcc", "pkg-config", "fusermount3", "fio", "getfattr", "setfacl")
+PROVIDED = (*TOOLS, "rsync", "sqlite3", "git", "make", "valgrind")
 
 APT_GET = """#!/bin/sh
 echo "$*" >>{log}
@@ -53,7 +54,22 @@ def test_root_installs_what_is_missing_once(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     update, install = machine.log.read_text().splitlines()
     assert update.startswith("update")
-    wanted = {"gcc", "pkg-config", "libfuse3-dev", "fuse3", "fio", "attr", "acl", "rsync", "sqlite3", "git", "make"}
+    wanted = {
+        *[
+            "gcc",
+            "pkg-config",
+            "libfuse3-dev",
+            "fuse3",
+            "fio",
+            "attr",
+            "acl",
+            "rsync",
+            "sqlite3",
+            "git",
+            "make",
+            "valgrind",
+        ]
+    }
     assert wanted <= set(install.split())
     assert machine.require("base", "test").returncode == 0
     assert len(machine.log.read_text().splitlines()) == 2

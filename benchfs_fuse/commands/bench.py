@@ -71,6 +71,17 @@ examples:
   benchfs bench protections --data-dir /dev/shm --iterations 1000 --json
 """
 
+_EXAMPLES_OBSERVING = """\
+Counts the instructions of operations (valgrind), which do not depend on what else the machine does: with every hook of
+the recording taken out of a copy of the package, with the hooks while nobody records, and while somebody does. A
+mount's handlers, the client library, UCX, a daemon and its store run in one process; chunks are kept in memory. Needs
+valgrind; some minutes.
+
+examples:
+  benchfs bench observing
+  benchfs bench observing --iterations 1000 --json
+"""
+
 _EXAMPLES_DIFF = """\
 A row changed if an exact rank test over its rounds says so (p of at most 0.01) and the medians differ by a tenth or
 more, both also in relation to the baseline of the same run; docs/performance.md says it in full. A and B must have
@@ -304,6 +315,23 @@ def _growth(given: argparse.Namespace) -> int:
     return run_growth(given.mountpoint, files=given.files, as_json=given.json)
 
 
+def _add_observing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--iterations",
+        type=arguments.whole(1, 10_000, "{} operations are counted"),
+        default=300,
+        metavar="N",
+        help="of each operation (default: 300)",
+    )
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def _observing(given: argparse.Namespace) -> int:
+    from ..bench.observing import run_observing
+
+    return run_observing(given.iterations, given.json)
+
+
 def _add_protections(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", type=arguments.path, required=True, metavar="DIR", help="where clusters may be")
     _add_iterations(parser, 200, "of each operation in each round", 100_000, "a round")
@@ -331,5 +359,6 @@ BENCHMARKS = (
         _compare,
     ),
     Benchmark("protections", "tell what each protection costs", _EXAMPLES_PROTECTIONS, _add_protections, _protections),
+    Benchmark("observing", "tell what the hooks of trace cost", _EXAMPLES_OBSERVING, _add_observing, _observing),
     Benchmark("diff", "say what changed between two reports beyond noise", _EXAMPLES_DIFF, _add_diff, _diff),
 )
