@@ -93,7 +93,8 @@ all of it is compared on a fresh mount, and benchfs check has to find nothing. -
 and two mounts below a temporary directory ($TMPDIR), and takes it down again. In an existing mount, work is done in a
 new directory, and nothing is killed. Ctrl-C and SIGTERM end it early: what was done is compared all the same.
 --cut-network, for root, puts each daemon and each mount behind a cable of its own (network namespaces), and cuts one
-after the other: for moments, until connections are given up, or for longer than the lease.
+after the other, or just what one mount and one daemon say to each other: for moments, until connections are given up,
+or for longer than the lease.
 
 Exit codes: 0 sound; 1 something acknowledged is lost or wrong; 2 wrong use; 3 it could not be done to its end.
 

@@ -7,6 +7,7 @@ forgotten what was prepared for a transaction is forgotten by a restart
 unfenced  some writes take long, and the end of their connection does not wait for them: they land behind the end of the
           session
 resumed   likewise, but so long that they land behind what came over the next connection
+afterwards likewise, but longer than a lease; they land a while behind the end of the session if it ends meanwhile
 slow      no fault: the same writes take as long, and the end of their connection waits for them
 busy      no fault: the first who asks how much space there is has to wait
 quota     no fault: chunk files may not grow when QUOTA bytes of their disk are used
@@ -15,7 +16,7 @@ quota     no fault: chunk files may not grow when QUOTA bytes of their disk are 
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,11 +25,13 @@ import trio
 from benchfs_fuse import daemon
 from benchfs_fuse.chunks.uring import Ring
 from benchfs_fuse.errors import FsError
+from benchfs_fuse.model import ClientId
 from benchfs_fuse.ports import Buffer, Reply
-from benchfs_fuse.rpc.messages import Body, Finish, Request, WriteChunk, WriteChunkReply, encode
+from benchfs_fuse.rpc.messages import Body, Finish, OpenCount, Request, WriteChunk, WriteChunkReply, encode
 from benchfs_fuse.rpc.server import Server
 from benchfs_fuse.services.calls import Call
 from benchfs_fuse.services.chunkserver import ChunkServer
+from benchfs_fuse.services.metadata import MetadataService
 from benchfs_fuse.services.transactions import Transactions
 
 #: Seconds by which a write is late; and that one takes which is long: longer than a mount takes to be started anew, or
@@ -36,6 +39,10 @@ from benchfs_fuse.services.transactions import Transactions
 LATE_S = 0.3
 LONG_S = 4.0
 LONGEST_S = 20.0
+#: Seconds for a write that is to outlast a lease; and by which it lands behind the end of a session: behind a look at
+#: what is there, and before the next one, which takes a new mount.
+OUTLASTING_S = 40.0
+BEHIND_S = 6.0
 #: Seconds for the first answer about space: more than SPACE_TIMEOUT_S of services/namespace.py.
 BUSY_S = 3.0
 #: Bytes that may be used.
@@ -78,7 +85,7 @@ def plant_early() -> None:
     ChunkServer._write, ChunkServer._write_now = early, never  # type: ignore[method-assign]
 
 
-def plant_slow(seconds: float, *, fenced: bool) -> None:
+def plant_slow(pause: Callable[[], Awaitable[None]], *, fenced: bool) -> None:
     write, hurt = ChunkServer._write, _seldom()
 
     async def slow(self: ChunkServer, request: Request, payload: memoryview | None, want: int) -> Reply:
@@ -90,7 +97,7 @@ def plant_slow(seconds: float, *, fenced: bool) -> None:
         done = trio.Event()
 
         async def at_leisure() -> None:
-            await trio.sleep(seconds)
+            await pause()
             try:
                 outcome.append(await write(self, request, data, want))
             except FsError as error:
@@ -107,6 +114,24 @@ def plant_slow(seconds: float, *, fenced: bool) -> None:
 
     ChunkServer._write = slow  # type: ignore[method-assign]
     ChunkServer._write_now = lambda self, request, payload, want: None  # type: ignore[method-assign]
+
+
+def plant_afterwards() -> None:
+    session_ended, ended = MetadataService.session_ended, [trio.Event()]
+
+    async def noted(self: MetadataService, client_id: ClientId, opens: Sequence[OpenCount], clean: bool) -> None:
+        await session_ended(self, client_id, opens, clean)
+        if not clean:
+            ended[-1].set()
+            ended.append(trio.Event())
+
+    async def outlast() -> None:
+        with trio.move_on_after(OUTLASTING_S):
+            await ended[-1].wait()
+            await trio.sleep(BEHIND_S)
+
+    MetadataService.session_ended = noted  # type: ignore[method-assign]
+    plant_slow(outlast, fenced=False)
 
 
 def plant_quota() -> None:
@@ -184,9 +209,10 @@ PLANTS: dict[str, Callable[[], None]] = {
     "twice": plant_twice,
     "skipped": plant_skipped,
     "forgotten": plant_forgotten,
-    "unfenced": partial(plant_slow, LONG_S, fenced=False),
-    "resumed": partial(plant_slow, LONGEST_S, fenced=False),
-    "slow": partial(plant_slow, LONG_S, fenced=True),
+    "unfenced": partial(plant_slow, partial(trio.sleep, LONG_S), fenced=False),
+    "resumed": partial(plant_slow, partial(trio.sleep, LONGEST_S), fenced=False),
+    "afterwards": plant_afterwards,
+    "slow": partial(plant_slow, partial(trio.sleep, LONG_S), fenced=True),
     "busy": plant_busy,
     "quota": plant_quota,
 }

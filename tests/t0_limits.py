@@ -19,6 +19,16 @@ def test_the_bounds_of_the_table_are_those_of_the_code() -> None:
         assert of_what.strip() and reached.strip()
 
 
+def test_what_all_connections_together_may_hold_is_the_product_of_bounds() -> None:
+    products = re.findall(r"^\| [a-z ,]+ \| (`[^|]+) \| ([0-9]+) \| ([0-9]+) \|$", TEXT, re.MULTILINE)
+    assert len(products) == 5
+    for product, of_one, of_all in products:
+        count, _, size = product.replace("`", "").strip("()").rpartition(" × ")
+        sizes = [getattr(limits, name) for name in size.strip("()").split(" + ")]
+        assert int(of_one) == (getattr(limits, count) if count else 1) * sum(sizes), product
+        assert int(of_all) == int(of_one) * limits.CONNECTIONS_MAX, product
+
+
 def test_no_bound_is_missing_from_the_table_or_there_twice() -> None:
     named = [name for name, *_ in ROWS]
     assert len(named) == len(set(named))

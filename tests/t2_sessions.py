@@ -23,6 +23,7 @@ from benchfs_fuse.rpc.messages import (
     Done,
     EntryReply,
     GetAttr,
+    Heartbeat,
     Hello,
     Make,
     Open,
@@ -559,3 +560,35 @@ async def test_a_daemon_that_started_anew_ends_the_connection_of_its_last_incarn
     reply = await new.call(Hello.op, hello)
     assert reply.status == 0
     assert await old.wait_closed() is Ending.PEER
+
+
+async def test_a_daemon_that_connects_anew_before_its_old_connection_ended_is_heard(
+    world: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a cut that only one of the two has noticed. Else this daemon takes itself to be cut off, for ever."""
+    await world.daemons[1].kill()
+    location = world.directory.find(0)
+    assert location is not None
+    hello = encode(Hello("daemon", "daemon 1", False))
+    node = world.network.node(peer_of(100, daemon_id=1))
+    old = await node.connect(location.address)
+    assert (await old.call(Hello.op, hello)).status == 0
+    (served,) = (one for one in world.daemons[0].node.channels if one.peer.client_id == 100)
+    new = await node.connect(location.address)
+    aclose, pauses = type(served).aclose, [0.1]
+
+    async def aclose_late(self: object) -> None:
+        """Let whoever waits for the end of the connection be faster than Hello, which ends it."""
+        pause_s = pauses.pop() if self is served and pauses else 0.0
+        await aclose(self)  # type: ignore[arg-type]
+        await trio.sleep(pause_s)
+
+    monkeypatch.setattr(type(served), "aclose", aclose_late)
+    assert (await new.call(Hello.op, hello)).status == 0
+    assert await old.wait_closed() is Ending.PEER
+    silent = await world.network.node(peer_of(42)).connect(location.address)
+    assert (await silent.call(Hello.op, encode(Hello("mount", "/mnt/x", False)))).status == 0
+    for _ in range(12):
+        assert (await new.call(Heartbeat.op, encode(Heartbeat()))).status == 0
+        await trio.sleep(LEASE_S / 6)
+    assert world.connected(0) == {}

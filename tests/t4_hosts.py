@@ -5,6 +5,7 @@ host, and counts only if traffic was seen to have stopped and an operation waite
 nothing is done twice, whoever was cut off.
 """
 
+import contextlib
 import os
 import random
 import subprocess
@@ -134,6 +135,36 @@ def cuts(count: int) -> None:
                 check_changes(host.path(mount.mountpoint / f"of{number}"), worker.rounds)
         for mount in cluster.mounts:
             assert "ERROR" not in mount.log.read_text() and "started anew" not in mount.log.read_text()
+
+
+#: Take connections at a port for ever, once a line says so.
+LISTEN = """
+import socket, time
+listener = socket.create_server(("", 4711), backlog=100)
+print(flush=True)
+time.sleep(1000)
+"""
+
+
+def test_two_hosts_are_cut_off_from_each_other_alone() -> None:
+    with Star(("one", "two", "three")) as star, contextlib.ExitStack() as stack:
+        for host in star.hosts:
+            listener = stack.enter_context(
+                subprocess.Popen([*host.enter, sys.executable, "-c", LISTEN], stdout=subprocess.PIPE)
+            )
+            stack.callback(listener.kill)
+            assert listener.stdout is not None and listener.stdout.readline() == b"\n"
+
+        def reached() -> list[tuple[int, int]]:
+            pairs = [(0, 1), (1, 0), (0, 2), (2, 1)]
+            return [pair for pair in pairs if star.hosts[pair[0]].reaches(f"{star.addresses[pair[1]]}:4711")]
+
+        everything = reached()
+        assert len(everything) == 4
+        star.way(0, 1).cut()
+        assert reached() == [(0, 2), (2, 1)]
+        star.way(1, 0).mend()
+        assert reached() == everything
 
 
 def test_cut_cables_lose_nothing_and_nothing_is_done_twice() -> None:

@@ -83,12 +83,17 @@ def test_a_cut_shorter_than_the_lease_is_a_pause(lease_s: float, given_up: bool)
         assert "started anew" not in world.there.log.read_text()
 
 
-#: Hold a file with something in it and a removed one; write to the first when told to, and say what became of it.
+#: Hold a file with something in it, a removed one, and one in a directory, two of them locked; write and lock when told
+#: to, and say what became of it.
 LATE = """
-import errno
+import errno, fcntl
 os.chdir(sys.argv[1])
 kept = os.open("kept", os.O_RDWR | os.O_CREAT)
 os.write(kept, b"first")
+fcntl.lockf(kept, fcntl.LOCK_EX)
+os.mkdir("d")
+owned = os.open("d/owned", os.O_RDWR | os.O_CREAT)
+fcntl.flock(owned, fcntl.LOCK_EX)
 gone = os.open("gone", os.O_RDWR | os.O_CREAT)
 os.write(gone, bytes(8 << 20))
 os.unlink("gone")
@@ -100,12 +105,36 @@ for attempt in (
     lambda: os.pread(gone, 1, 0),
     lambda: os.write(kept, b"later"),
     lambda: os.mkdir("new"),
+    lambda: os.write(owned, b"late") + (os.fsync(owned) or 0),
+    lambda: fcntl.lockf(kept, fcntl.LOCK_EX),
+    lambda: fcntl.flock(owned, fcntl.LOCK_EX),
 ):
     try:
         attempt()
         print(0, flush=True)
     except OSError as error:
         print(errno.errorcode[error.errno], flush=True)
+"""
+
+
+LATE_ATTEMPTS = 7
+
+#: See that what LATE has locked is locked; wait until it is not, and write there.
+HEIR = """
+import fcntl
+os.chdir(sys.argv[1])
+kept, owned = (os.open(name, os.O_RDWR) for name in ("kept", "d/owned"))
+for lock, fd in ((fcntl.lockf, kept), (fcntl.flock, owned)):
+    try:
+        lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        continue
+    raise AssertionError("nobody has it locked")
+step()
+fcntl.lockf(kept, fcntl.LOCK_EX)
+fcntl.flock(owned, fcntl.LOCK_EX)
+os.write(owned, b"the heir's")
+os.fsync(owned)
 """
 
 
@@ -123,7 +152,9 @@ def test_a_cut_longer_than_the_lease_ends_the_session() -> None:
         with (
             holding(CHANGES, world.here.mountpoint / "work", before=world.near.enter) as working,
             holding(LATE, world.there.mountpoint, before=world.far.enter) as late,
+            holding(HEIR, world.here.mountpoint, before=world.near.enter) as heir,
         ):
+            tell(heir)
             assert allocated(world) >= 8 << 20 and mounts_known(world.here) == [{"here", "there"}] * 2
             world.cut()
             tell(late)
@@ -132,9 +163,11 @@ def test_a_cut_longer_than_the_lease_ends_the_session() -> None:
             eventually(lambda: all(daemon["orphans"] == daemon["to_drop"] == 0 for daemon in told(world.here)))
             eventually(lambda: allocated(world) < 4 << 20)
             assert (here / "kept").read_bytes() == b"first"
+            assert heir.line() == HELD
             world.cable.mend()
-            assert [late.line() for _ in range(4)] == ["ESTALE\n"] * 4
+            assert [late.line() for _ in range(LATE_ATTEMPTS)] == ["ESTALE\n"] * LATE_ATTEMPTS
             assert late.line() == HELD
+            assert (here / "d" / "owned").read_bytes() == b"the heir's"
             tell(working)
             rounds = 0
             while (line := working.line()) != "end\n":
@@ -146,7 +179,8 @@ def test_a_cut_longer_than_the_lease_ends_the_session() -> None:
         world.there.stop()
         assert (here / "kept").read_bytes() == b"first"
         anew = world.far.path(world.mount("anew", world.far).mountpoint)
-        assert sorted(os.listdir(anew)) == ["kept", "work"] and (anew / "kept").read_bytes() == b"first"
+        assert sorted(os.listdir(anew)) == ["d", "kept", "work"] and (anew / "kept").read_bytes() == b"first"
+        assert (anew / "d" / "owned").read_bytes() == b"the heir's"
         assert "ERROR" not in world.here.log.read_text()
 
 
@@ -171,7 +205,7 @@ def test_a_daemon_that_comes_back_at_another_address_is_found_there() -> None:
             addresses = [daemon.address.rpartition(":")[0] for daemon in ask(world.there).daemons]
             assert addresses == [world.other_address, world.cable.near_address]
             tell(held)
-            assert held.line() == "writing\n" and [held.line() for _ in range(4)] == ["0\n"] * 4
+            assert held.line() == "writing\n" and [held.line() for _ in range(LATE_ATTEMPTS)] == ["0\n"] * LATE_ATTEMPTS
         assert world.near.path(world.here.mountpoint / "kept").read_bytes() == b"firstlatelater"
 
 

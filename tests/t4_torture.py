@@ -105,7 +105,12 @@ def test_50_cuts_lose_nothing(directory: Path) -> None:
     verdict = run(local(3600)._replace(cut_network=True, cuts=CUTS, cuts_max=50))
     assert verdict.complaints == []
     assert verdict.cuts.total() == 50
-    assert all(any(kind.value in title for title in verdict.cuts) for kind in Cut)
+    assert {title.partition(", ")[2] for title in verdict.cuts} == {kind.value for kind in Cut}
+    assert {title.partition(", ")[0] for title in verdict.cuts} == {
+        "of a daemon",
+        "of a mount",
+        "of a mount from a daemon",
+    }
     assert nothing_left(directory)
 
 
@@ -114,6 +119,16 @@ def test_cuts_longer_than_the_lease_let_nothing_land_late(directory: Path) -> No
     verdict = run(local(600)._replace(cut_network=True, cuts=[Cut.EXPEL], cuts_max=3))
     assert verdict.complaints == []
     assert verdict.cuts == {f"of a mount, {Cut.EXPEL.value}": 3}
+    assert nothing_left(directory)
+
+
+@pytest.mark.slow
+def test_cuts_from_one_daemon_longer_than_the_lease_let_nothing_land_late(directory: Path) -> None:
+    """The mount reaches the other daemon all the time."""
+    verdict = run(local(600)._replace(cut_network=True, cuts=[Cut.EXPEL_BY_ONE], cuts_max=3))
+    assert verdict.complaints == []
+    assert verdict.cuts == {f"of a mount from a daemon, {Cut.EXPEL_BY_ONE.value}": 3}
+    assert verdict.operations["hold"] > 0 and verdict.operations["let_go"] > 0
     assert nothing_left(directory)
 
 
@@ -136,16 +151,16 @@ def nothing_left(directory: Path) -> bool:
     return list(directory.iterdir()) == [] and not any(str(directory) in table for table in tables)
 
 
-def planted(monkeypatch: pytest.MonkeyPatch, fault: str, kill: str) -> Plan:
-    """Return what finds a fault that is planted in the daemons. ``kill`` empty: cuts do."""
+def planted(monkeypatch: pytest.MonkeyPatch, fault: str, by: str | Cut) -> Plan:
+    """Return what finds a fault that is planted in the daemons: by kills, or cuts."""
     monkeypatch.setenv("BENCHFS_PLANTED", fault)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     plan = local(600)._replace(workers=6, daemon_module="planted_daemon")
-    return plan._replace(kill=frozenset({kill})) if kill else plan._replace(cut_network=True, cuts=[Cut.BREAK])
+    return plan._replace(cut_network=True, cuts=[by]) if isinstance(by, Cut) else plan._replace(kill=frozenset({by}))
 
 
 @pytest.mark.parametrize(
-    ("fault", "kill"),
+    ("fault", "by"),
     [
         ("early", DAEMON_KILLS),  # a write is acknowledged before it is done
         pytest.param("twice", DAEMON_KILLS, marks=pytest.mark.slow),  # a retry is applied anew
@@ -153,14 +168,18 @@ def planted(monkeypatch: pytest.MonkeyPatch, fault: str, kill: str) -> Plan:
         pytest.param("skipped", DAEMON_KILLS, marks=pytest.mark.slow),
         pytest.param("forgotten", DAEMON_KILLS, marks=pytest.mark.slow),  # an intent does not outlive its daemon
         pytest.param("unfenced", MOUNT_KILLS, marks=pytest.mark.slow),  # a write lands after the end of its session
-        pytest.param("resumed", "", marks=pytest.mark.slow),  # a write lands after its retry, and what came after that
+        # A write lands after its retry, and what came after that.
+        pytest.param("resumed", Cut.BREAK, marks=pytest.mark.slow),
+        # A write lands after the end of its session and what was seen then, of a mount that was cut off.
+        pytest.param("afterwards", Cut.EXPEL, marks=pytest.mark.slow),
     ],
 )
-def test_a_planted_fault_is_found(monkeypatch: pytest.MonkeyPatch, fault: str, kill: str) -> None:
-    plan = planted(monkeypatch, fault, kill)
+def test_a_planted_fault_is_found(monkeypatch: pytest.MonkeyPatch, fault: str, by: str | Cut) -> None:
+    plan = planted(monkeypatch, fault, by)
     verdict = run(plan)
     assert verdict.complaints != []
     assert not any("has died by itself" in one for one in verdict.complaints)
+    assert by is not Cut.EXPEL or all("(after the end of its session)" in one for one in verdict.complaints)
     assert verdict.seconds < plan.seconds
     assert verdict.kept is not None and (verdict.kept / "complaints").read_text().splitlines() == verdict.complaints
 

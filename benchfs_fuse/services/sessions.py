@@ -376,6 +376,9 @@ class SessionTable:
                 session.channel = None
         if session.over.is_set():
             raise Stale("the session has ended")
+        # Whoever noted the end of the older channel has taken it for the end of the daemon.
+        if peer.daemon_id >= 0 and self._daemons.setdefault(peer.daemon_id, session) is not session:
+            raise Stale("this daemon was started anew")
         session.named = set()
         session.heard_s = trio.current_time()
         session.left_s = float("inf")

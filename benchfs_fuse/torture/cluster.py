@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from .. import control, kernel_mounts
 from ..commands.mounting import start_mount, unmount
@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..limits import CHUNK_SIZE_MIN, MIB
 from ..processes import ProcessId, Starting, alive, end, wait_ready
 from ..registry import Registry, init_registry
-from .hosts import Cable, Star
+from .hosts import Cable, Star, Way
 
 #: Seconds that a daemon may take to stop in order, and a mount to flush and leave.
 STOP_S = 30.0
@@ -40,6 +40,13 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = SOON_S) -> bool
             return False
         time.sleep(LOOK_S)
     return True
+
+
+class Pair(NamedTuple):
+    """Be a mount and a daemon, as far as they reach each other."""
+
+    mount: Path
+    daemon: int
 
 
 class LocalCluster:
@@ -187,6 +194,11 @@ class LocalCluster:
         found, pids = self._said(asked), {process.pid for process in mounts}
         return found is not None and not any(one["pid"] in pids for said in found for one in said["sessions"])
 
+    def holds(self, pair: Pair, asked: Path) -> bool:
+        """Tell whether a mount has anything open at a daemon, which is asked over another mount."""
+        found, pid = self._said(asked), self._mounts[pair.mount].pid
+        return found is not None and any(one["pid"] == pid and one["opens"] for one in found[pair.daemon]["sessions"])
+
     def chunk_files(self) -> list[Path]:
         """List the chunk files of all daemons."""
         return [path for data_dir in self.data_dirs for path in (data_dir / "chunks").glob("*/*")]
@@ -202,13 +214,29 @@ class LocalCluster:
         assert self._star is not None
         return self._star.cables[self._host(place)]
 
-    def passes(self, place: int | Path) -> bool:
+    def way(self, pair: Pair) -> Way:
+        """Return the way between the hosts of a mount and of a daemon."""
+        assert self._star is not None
+        return self._star.way(self._host(pair.mount), self._host(pair.daemon))
+
+    def passes(self, place: int | Path | Pair) -> bool:
         """Tell whether a connection can be made to the host of a daemon, or from that of a mount to a daemon."""
         assert self._star is not None
-        daemon, from_ = (place, self.mountpoints[0]) if isinstance(place, int) else (0, place)
+        match place:
+            case Pair(mount=from_, daemon=daemon):
+                pass
+            case int(daemon):
+                from_ = self.mountpoints[0]
+            case Path() as from_:
+                daemon = 0
         with Registry(self.registry) as registry:
             entry = registry.find(daemon)
         return entry is not None and self._star.hosts[self._host(from_)].reaches(entry.address)
+
+    def parted(self, pair: Pair) -> bool:
+        """Tell whether no connection can be made between these two, while the mount reaches all other daemons."""
+        others = (Pair(pair.mount, other) for other in range(len(self.data_dirs)) if other != pair.daemon)
+        return not self.passes(pair) and all(self.passes(other) for other in others)
 
     @property
     def enter(self) -> list[str]:

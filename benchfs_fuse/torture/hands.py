@@ -231,6 +231,15 @@ class Hands:
             ]
         return strike.struck + left
 
+    def failed_since(self, strike: Strike, hands: Sequence[Hand]) -> list[str]:
+        """Return the kinds of the operations of these that were under way when a fault struck and failed by it."""
+        with self.changed:
+            return [
+                hand.under_way[0]
+                for hand in hands
+                if hand.under_way is not None and hand.failed is not None and hand.begun_ns < strike.begun_ns
+            ]
+
     def wait_failed(self, hands: Sequence[Hand]) -> bool:
         """Wait until an operation of each of these has failed; tell whether it came in time."""
         with self.changed:

@@ -143,6 +143,26 @@ class Cable:
         return self._near.received(self._name) + self._far.received(self._name)
 
 
+class Way:
+    """Be the way between two hosts, through a router that can drop what one sends to the other, and nothing else."""
+
+    def __init__(self, router: Namespace, one_address: str, other_address: str) -> None:
+        self._router = router
+        self._directions = ((one_address, other_address), (other_address, one_address))
+
+    def cut(self) -> None:
+        """Let nothing pass, in neither direction; nobody is told (ip-rule(8), blackhole)."""
+        self._change("add")
+
+    def mend(self) -> None:
+        """Let everything pass again."""
+        self._change("del")
+
+    def _change(self, verb: str) -> None:
+        for source, target in self._directions:
+            self._router.ip("rule", verb, "from", source, "to", target, "blackhole")
+
+
 class Star:
     """Be hosts with a cable each to a router between them. A context manager. UserError: it cannot be made.
 
@@ -151,7 +171,7 @@ class Star:
 
     def __init__(self, names: Sequence[str], *, shares_mounts: bool = False) -> None:
         with contextlib.ExitStack() as stack:
-            router = stack.enter_context(Namespace("router"))
+            self._router = router = stack.enter_context(Namespace("router"))
             router.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
             self.hosts = [stack.enter_context(Namespace(name, shares_mounts=shares_mounts)) for name in names]
             self.cables = [Cable(host, router, number) for number, host in enumerate(self.hosts)]
@@ -167,6 +187,10 @@ class Star:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+    def way(self, one: int, other: int) -> Way:
+        """Return the way between two hosts."""
+        return Way(self._router, self.addresses[one], self.addresses[other])
 
     def mend(self) -> None:
         """Mend all cables."""

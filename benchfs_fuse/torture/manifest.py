@@ -275,7 +275,7 @@ class Tree:
     def _count(self, words: Words) -> None:
         """Note which numbers were given."""
         match words:
-            case ["create", _, number, _] | ["log", number]:
+            case ["create", _, number, _] | ["log", number] | ["hold", _, number]:
                 self.serial = max(self.serial, number)
             case ["mkdir", path, _] | ["link" | "rename", _, path]:
                 self.serial = max(self.serial, int(path.rpartition("/")[2]))

@@ -40,7 +40,7 @@ PAUSE_S = 1.0
 DEAD_S = 0.3
 #: Where the disks are filled, and the operations that may then fail: names, holes and removals may not.
 FILL = "fill"
-TAKES_SPACE = ("write", "write_synced", "append", "fsync", "close", "log", "count")
+TAKES_SPACE = ("write", "write_synced", "append", "fsync", "close", "log", "count", "hold")
 #: Share of the moments between kills in which a chunk file is taken away.
 LOSE_SHARE = 0.3
 #: Longest wait for an operation of the kind that is aimed at, s; and mean time after its begin to strike, s.
@@ -52,7 +52,7 @@ BOTH_SHARE = 0.2
 #: Kinds of operations that are aimed at.
 AIMS = (
     *("create", "write", "write_synced", "append", "truncate", "punch", "fsync", "close", "rename", "link", "unlink"),
-    *("mkdir", "rmdir", "chmod", "read", "count", "move", "claim", "log"),
+    *("mkdir", "rmdir", "chmod", "read", "count", "move", "claim", "log", "hold"),
 )
 #: Seconds for ``benchfs check``.
 CHECK_S = 300.0

@@ -9,21 +9,25 @@ Everybody does the same few things there, of which each is done at most once, by
                    old and new name for two links of one file while it remembers the old one, and has nothing to do.)
     claims/N       made anew or by a link to ``source``: one winner
     log            records appended by all: each is there once, whole
+    lock-K/holder  locked by one worker for a while, who has written there who it is: that is there as long
 """
 
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from .manifest import Entry, Words
 
 COUNTERS = 2
+#: In directories of their own: those are spread over the daemons.
+LOCKS = 4
 TOKENS = 8
 PLACES = ("here", "there")
 #: Bytes of one record of the log.
 RECORD = 64
-#: Kinds of operations here (``Shared.end``).
+#: Kinds of operations of which something is left here (``Shared.end``).
 KINDS = ("count", "move", "claim", "log")
 
 
@@ -33,6 +37,16 @@ def record(worker: int, serial: int) -> bytes:
         f"{worker}.{serial} {random.Random(f'{worker}.{serial}').random()}".ljust(RECORD - 1)[: RECORD - 1].encode()
         + b"\n"
     )
+
+
+def holder(worker: int, serial: int) -> bytes:
+    """Return what a worker writes into what it holds the lock of."""
+    return f"{worker}.{serial}".encode().ljust(20)
+
+
+def lock_file(root: Path, number: int) -> Path:
+    """Return where one of the locks is."""
+    return root / f"lock-{number}" / "holder"
 
 
 def token(number: int) -> bytes:

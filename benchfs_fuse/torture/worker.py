@@ -13,6 +13,8 @@ CLOCK_MONOTONIC) at the end. A line is shorter than PIPE_BUF, so a kill never le
                                        to stop or until something fails; ["stopped"]; MAY_DROP: disks may be full
                                        ["begin", WORDS], then ["end", RESULT], ["fail", ERRNO] or ["wrong", SENTENCE]
     ["stop"]                           end what is being done, close everything
+    ["lock", DIRECTORY]                lock everything that workers hold in a shared directory, one after the other, as
+                                       soon as nobody holds it; ["locked"]
     ["keep", DIRECTORY]                make files that nobody will change (``damage.Damage``); ["kept"]
     ["blocks", DIRECTORY, FILE]        read those block by block, write them to FILE, pickled; ["read"]
     ["fill", DIRECTORY]                write files until there is no room; ["full"]
@@ -126,8 +128,23 @@ def prepare(root: Path) -> None:
         (root / "counters" / str(number)).write_bytes(b"0".ljust(20))
     for number in range(shared.TOKENS):
         (root / shared.PLACES[0] / f"{number}.0.x").write_bytes(shared.token(number))
+    for number in range(shared.LOCKS):
+        (root / f"lock-{number}").mkdir()
+        shared.lock_file(root, number).write_bytes(shared.holder(0, 0))
     for name in ("source", "log"):
         (root / name).touch()
+
+
+def lock_way(number: int) -> Callable[[int, int], None]:
+    """Return how one of the locks is taken, or a counter's: of an open file description, or a process's."""
+    return fcntl.lockf if number % 2 else fcntl.flock
+
+
+def lock(root: Path) -> None:
+    """Take what workers lock in a shared directory, and give it back, whoever has to do so before. OSError."""
+    for number in range(shared.LOCKS):
+        with opened(shared.lock_file(root, number), os.O_RDWR) as fd:
+            lock_way(number)(fd, fcntl.LOCK_EX)
 
 
 def keep(root: Path) -> None:
@@ -194,6 +211,8 @@ class Work:
         #: Whether accepted bytes may find no room, which is told at the close.
         self._may_drop = may_drop
         self._fds: dict[int, int] = {}
+        #: The lock that is held: its number, the open file, and what was written there.
+        self._lock: tuple[int, int, bytes] | None = None
         self._operations: list[Callable[[], None]] = [
             *[self._create] * 4,
             *[self._open] * 2,
@@ -218,6 +237,7 @@ class Work:
             *[self._move_token] * 2,
             self._claim_name,
             self._log,
+            *[self._hold_or_let_go] * 2,
         ]
 
     def go_on(self, stopped: Callable[[], bool]) -> None:
@@ -230,6 +250,8 @@ class Work:
                     self._random.choice(self._operations)()
             while self._tree.held:
                 self._close()
+            if self._lock is not None:
+                self._hold_or_let_go()
         except _Ended:
             pass
 
@@ -460,7 +482,7 @@ class Work:
 
     def _count(self) -> None:
         number = self._random.randrange(shared.COUNTERS)
-        way = fcntl.lockf if number else fcntl.flock
+        way = lock_way(number)
 
         def step() -> int:
             with opened(self._together / "counters" / str(number), os.O_RDWR) as fd:
@@ -526,6 +548,40 @@ class Work:
 
         self._do(step, "log", serial)
 
+    def _hold_or_let_go(self) -> None:
+        if self._lock is not None:
+            self._let_go(*self._lock)
+            return
+        self._tree.serial += 1
+        number, written = self._random.randrange(shared.LOCKS), shared.holder(self._number, self._tree.serial)
+
+        def step() -> bool:
+            fd = os.open(shared.lock_file(self._together, number), os.O_RDWR)
+            try:
+                lock_way(number)(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                return False
+            self._lock = number, fd, written
+            write_all(fd, written, 0)
+            os.fsync(fd)
+            return True
+
+        self._do(step, "hold", number, self._tree.serial)
+
+    def _let_go(self, number: int, fd: int, written: bytes) -> None:
+        found: list[bytes] = []
+
+        def step() -> None:
+            with opened(shared.lock_file(self._together, number), os.O_RDONLY) as again:  # as it is elsewhere
+                found.append(read_all(again))
+            self._lock = None
+            os.close(fd)
+
+        self._do(step, "let_go", number)
+        if found != [written]:
+            self._wrong(f"lock {number} is held by {written!r}, and somebody else was there: {found[0][:40]!r}")
+
 
 class _Commands:
     """Read commands from standard input."""
@@ -583,6 +639,9 @@ def obey(commands: "_Commands", say: Callable[..., None]) -> None:
                 tree: Tree = pickle.loads(Path(file).read_bytes())
                 Work(say, number, seed, Path(root), Path(together), tree, may_drop).go_on(commands.waiting)
                 say("stopped")
+            case ["lock", str(root)]:
+                lock(Path(root))
+                say("locked")
             case ["keep", str(root)]:
                 keep(Path(root))
                 say("kept")
