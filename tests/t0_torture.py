@@ -19,8 +19,17 @@ TOP = Entry("", 1, stat.S_IFDIR | 0o755, 2, 0, b"")
 FIRST, SECOND = content(1, 100), content(2, 50)
 
 
-def file(path: str, data: bytes = b"", *, ino: int = 7, mode: int = MODE, links: int = 1) -> Entry:
-    return Entry(path, ino, stat.S_IFREG | mode, links, len(data), data)
+def file(
+    path: str,
+    data: bytes = b"",
+    *,
+    ino: int = 7,
+    mode: int = MODE,
+    links: int = 1,
+    mtime_ns: int = 0,
+    mark: str = "",
+) -> Entry:
+    return Entry(path, ino, stat.S_IFREG | mode, links, len(data), data, mtime_ns, mark)
 
 
 def folder(path: str, *, links: int = 2, mode: int = 0o700) -> Entry:
@@ -116,6 +125,22 @@ NAMES: list[tuple[list[list[Any]], list[Any] | None, list[Entry], bool]] = [
     ([], ["chmod", "1", 0o600], [file("1", mode=0o600)], True),
     ([], ["chmod", "1", 0o600], [file("1")], True),
     ([], ["chmod", "1", 0o600], [file("1", mode=0o666)], False),
+    ([], None, [file("1", mtime_ns=5)], True),
+    ([], None, [file("1", mark="x")], False),
+    ([["setxattr", "1", "x"]], None, [file("1", mark="x")], True),
+    ([["setxattr", "1", "x"]], None, [file("1")], False),
+    ([["setxattr", "1", "x"], ["setxattr", "1", ""]], None, [file("1", mark="x")], False),
+    ([["setxattr", "1", "x"]], ["setxattr", "1", "y"], [file("1", mark="x")], True),
+    ([["setxattr", "1", "x"]], ["setxattr", "1", "y"], [file("1", mark="y")], True),
+    ([["setxattr", "1", "x"]], ["setxattr", "1", ""], [file("1", mark="y")], False),
+    ([["utimens", "1", 5]], None, [file("1", mtime_ns=5)], True),
+    ([["utimens", "1", 5]], None, [file("1", mtime_ns=6)], False),
+    ([["utimens", "1", 5], ["close", 1]], None, [file("1", mtime_ns=6)], False),
+    ([["utimens", "1", 5], ["truncate", 1, 0]], None, [file("1", mtime_ns=6)], True),
+    ([["utimens", "1", 5]], ["truncate", 1, 0], [file("1", mtime_ns=6)], True),
+    ([["utimens", "1", 5]], ["utimens", "1", 6], [file("1", mtime_ns=6)], True),
+    ([["utimens", "1", 5]], ["utimens", "1", 6], [file("1", mtime_ns=5)], True),
+    ([["utimens", "1", 5]], ["utimens", "1", 6], [file("1", mtime_ns=7)], False),
     ([["link", "1", "2"]], None, [file("1", links=2), file("2", links=2)], True),
     ([["link", "1", "2"]], None, [file("1"), file("2")], False),
     ([["link", "1", "2"]], None, [file("1", links=2), file("2", links=2, ino=8)], False),

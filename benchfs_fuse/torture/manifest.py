@@ -18,6 +18,10 @@ Words = Sequence[Any]
 NAMED_MAX = 5
 #: Operations that change names.
 NAME_KINDS = ("create", "mkdir", "rmdir", "link", "unlink", "rename")
+#: Operations that change when a file was modified, to what nobody knows.
+DATA_KINDS = ("write", "write_synced", "append", "truncate", "punch")
+#: The extended attribute that workers set.
+MARK = "user.torture"
 
 
 def content(number: int, length: int) -> bytes:
@@ -34,6 +38,9 @@ class Entry(NamedTuple):
     links: int
     size: int
     data: bytes
+    #: When a file was modified, ns; and what its ``MARK`` says, empty: it has none.
+    mtime_ns: int = 0
+    mark: str = ""
 
     @property
     def is_directory(self) -> bool:
@@ -47,6 +54,10 @@ class File:
     def __init__(self, mode: int) -> None:
         #: Permission bits; more than one if the last change of them was not answered.
         self.modes = {mode}
+        #: What ``MARK`` may say, likewise.
+        self.marks = {""}
+        #: When it may have been modified, ns; None if that was not set since.
+        self.mtimes: set[int] | None = None
         self.now = bytearray()
         self.flushed = bytearray()
         #: Offset and bytes of each write since that may be lost.
@@ -109,6 +120,8 @@ class File:
 
     def doubt(self, words: Words) -> None:
         """Take what was begun and not answered: it may have been done, or not."""
+        if words[0] in DATA_KINDS:
+            self.mtimes = None
         match words:
             case ["write" | "write_synced", _, offset, number, length, *_]:
                 self.pending.append((offset, content(number, length)))
@@ -241,6 +254,8 @@ class Tree:
         self._count(words)
         if kind in NAME_KINDS:
             self.names.apply(words)
+        if kind in DATA_KINDS:
+            self.files[words[1]].mtimes = None
         match words:
             case ["create", _, number, mode]:
                 self.files[number] = File(mode)
@@ -269,6 +284,10 @@ class Tree:
                 self.names.directories[path] = mode
             case ["chmod", path, mode]:
                 self.files[self.number_of(path)].modes = {mode}
+            case ["setxattr", path, mark]:
+                self.files[self.number_of(path)].marks = {mark}
+            case ["utimens", path, mtime_ns]:
+                self.files[self.number_of(path)].mtimes = {mtime_ns}
         if kind in ("unlink", "rename", "close"):
             self._drop()
 
@@ -302,6 +321,11 @@ class Tree:
                     directory_modes[path].add(mode)
                 case ["chmod", path, mode]:
                     self.files[self.number_of(path)].modes.add(mode)
+                case ["setxattr", path, mark]:
+                    self.files[self.number_of(path)].marks.add(mark)
+                case ["utimens", path, mtime_ns]:
+                    file = self.files[self.number_of(path)]
+                    file.mtimes = None if file.mtimes is None else file.mtimes | {mtime_ns}
                 case [kind, number, *_] if kind not in NAME_KINDS and number in self.files:
                     self.files[number].doubt(under_way)
                 case [kind, *_] if kind in NAME_KINDS and not self.names.fits(found):
@@ -346,6 +370,10 @@ class Tree:
                 yield f"{its[0]} has {entry.links} links and {len(its)} names"
             if stat.S_IMODE(entry.mode) not in file.modes:
                 yield f"{its[0]} has mode {stat.S_IMODE(entry.mode):o}, not {_octal(file.modes)}"
+            if entry.mark not in file.marks:
+                yield f"{its[0]} is marked {entry.mark!r}, not {' or '.join(map(repr, sorted(file.marks)))}"
+            if file.mtimes is not None and entry.mtime_ns not in file.mtimes:
+                yield f"{its[0]} was modified at {entry.mtime_ns} ns, not {' or '.join(map(str, sorted(file.mtimes)))}"
             if entry.size != len(entry.data):
                 yield f"{its[0]} has {entry.size} bytes and gives {len(entry.data)}"
             if sentence := file.complaint(entry.data):
@@ -356,6 +384,9 @@ class Tree:
             entry = entries[path]
             self.files[number].adopt(entry.data)
             self.files[number].modes = {stat.S_IMODE(entry.mode)}
+            self.files[number].marks = {entry.mark}
+            if self.files[number].mtimes is not None:
+                self.files[number].mtimes = {entry.mtime_ns}
             self.files[number].ino = entry.ino
         for path in self.names.directories:
             self.names.directories[path] = stat.S_IMODE(entries[path].mode)

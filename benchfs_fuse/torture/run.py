@@ -52,7 +52,7 @@ BOTH_SHARE = 0.2
 #: Kinds of operations that are aimed at.
 AIMS = (
     *("create", "write", "write_synced", "append", "truncate", "punch", "fsync", "close", "rename", "link", "unlink"),
-    *("mkdir", "rmdir", "chmod", "read", "count", "move", "claim", "log", "hold"),
+    *("mkdir", "rmdir", "chmod", "setxattr", "utimens", "read", "count", "move", "claim", "log", "hold"),
 )
 #: Seconds for ``benchfs check``.
 CHECK_S = 300.0

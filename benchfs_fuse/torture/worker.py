@@ -43,7 +43,7 @@ from typing import Any
 from ..limits import CHUNK_SIZE_MIN
 from ..testing.syscalls import KEEP_SIZE, PUNCH_HOLE, fallocate
 from . import damage, shared
-from .manifest import Entry, Tree, content
+from .manifest import MARK, Entry, Tree, content
 
 #: Largest file: a few chunks of the smallest size.
 SIZE_MAX = 3 * CHUNK_SIZE_MIN
@@ -106,6 +106,15 @@ def _found(path: Path) -> os.stat_result:
     return os.lstat(path)
 
 
+def _mark_of(path: Path) -> str:
+    try:
+        return os.getxattr(path, MARK).decode()
+    except OSError as error:
+        if error.errno != errno.ENODATA:
+            raise
+        return ""
+
+
 def look(root: Path, path: str = "") -> list[Entry]:
     """Look at everything there is at and below a directory. OSError."""
     there = _found(root / path)
@@ -113,7 +122,8 @@ def look(root: Path, path: str = "") -> list[Entry]:
         with opened(root / path, os.O_RDONLY) as fd:
             data = read_all(fd)
         there = os.lstat(root / path)
-        return [Entry(path, there.st_ino, there.st_mode, there.st_nlink, there.st_size, data)]
+        size, mark = there.st_size, _mark_of(root / path)
+        return [Entry(path, there.st_ino, there.st_mode, there.st_nlink, size, data, there.st_mtime_ns, mark)]
     found = [Entry(path, there.st_ino, there.st_mode, there.st_nlink, 0, b"")]
     for name in sorted(os.listdir(root / path)):
         found += look(root, f"{path}/{name}" if path else name)
@@ -231,6 +241,8 @@ class Work:
             *[self._rmdir] * 2,
             *[self._move_directory] * 2,
             self._chmod,
+            self._set_mark,
+            self._set_times,
             *[self._read] * 3,
             self._list,
             *[self._count] * 2,
@@ -464,6 +476,27 @@ class Work:
         old, new = self._directory(), self._new()
         if old and not f"{new}/".startswith(f"{old}/"):
             self._do(lambda: os.rename(self._root / old, self._root / new), "rename", old, new)
+
+    def _set_mark(self) -> None:
+        if (path := self._path()) is None:
+            return
+        marked = any(self._tree.files[self._tree.number_of(path)].marks - {""})
+        mark = "" if marked and self._random.random() < 0.5 else str(self._random.getrandbits(32))
+
+        def step() -> None:
+            if mark:
+                os.setxattr(self._root / path, MARK, mark.encode())
+            else:
+                os.removexattr(self._root / path, MARK)
+
+        self._do(step, "setxattr", path, mark)
+
+    def _set_times(self) -> None:
+        """Set the times of a file to which nothing is still to be written."""
+        if (path := self._path()) is None or self._tree.number_of(path) in self._fds:
+            return
+        mtime_ns = self._random.randrange(2 * 10**18)
+        self._do(lambda: os.utime(self._root / path, ns=(mtime_ns, mtime_ns)), "utimens", path, mtime_ns)
 
     def _chmod(self) -> None:
         if (path := self._path()) is not None:
