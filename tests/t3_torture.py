@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import random
 import signal
 import subprocess
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 from benchfs_fuse.commands import torture
 from benchfs_fuse.commands.tables import make_console
 from benchfs_fuse.errors import UserError
-from benchfs_fuse.torture import hands, run
+from benchfs_fuse.torture import hands, run, shared, worker
 from benchfs_fuse.torture.cuts import Cut, Cuts
 from benchfs_fuse.torture.hands import Hand
 from benchfs_fuse.torture.manifest import Entry
@@ -139,3 +141,18 @@ def test_what_cannot_be_looked_at_after_an_expulsion_is_said() -> None:
     unseen: Any = Unseen()
     cuts = Cuts(unseen, unseen, random.Random(0), [Cut.EXPEL], lambda hands: None, lambda hand: False)
     assert cuts.cut() == ["it failed"]
+
+
+def test_locks_may_be_held_by_workers_that_are_left_and_by_nobody_else(tmp_path: Path) -> None:
+    worker.prepare(tmp_path)
+    path = shared.lock_file(tmp_path, 0)
+    with path.open("r+b", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(shared.holder(3, 17))
+        worker.lock(tmp_path, [3])
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(worker.lock, tmp_path, [0, 1])
+            with pytest.raises(TimeoutError):
+                waiting.result(0.3)
+            fcntl.flock(file, fcntl.LOCK_UN)
+            waiting.result(10)

@@ -206,7 +206,8 @@ class Cuts:
         process = self._cluster.process_of(place)
         if not wait_until(lambda: self._cluster.sessions_over([process], other), LEASE_S + SOON_S):
             return [f"the session of {place.name}, which was cut off, has not ended {SOON_S:g} s after its lease"]
-        if sentence := self._hands.run("lock", other / self._hands.together):
+        others = [hand.number for hand in self._hands.hands if hand not in hands]
+        if sentence := self._hands.run("lock", other / self._hands.together, others):
             return [sentence]
         for hand in hands:
             found = self._hands.look(other / hand.name)

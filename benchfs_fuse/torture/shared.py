@@ -44,6 +44,11 @@ def holder(worker: int, serial: int) -> bytes:
     return f"{worker}.{serial}".encode().ljust(20)
 
 
+def worker_of(holder: bytes) -> int:
+    """Return who wrote that into a lock's file."""
+    return int(holder.partition(b".")[0])
+
+
 def lock_file(root: Path, number: int) -> Path:
     """Return where one of the locks is."""
     return root / f"lock-{number}" / "holder"

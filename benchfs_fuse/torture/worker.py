@@ -13,8 +13,8 @@ CLOCK_MONOTONIC) at the end. A line is shorter than PIPE_BUF, so a kill never le
                                        to stop or until something fails; ["stopped"]; MAY_DROP: disks may be full
                                        ["begin", WORDS], then ["end", RESULT], ["fail", ERRNO] or ["wrong", SENTENCE]
     ["stop"]                           end what is being done, close everything
-    ["lock", DIRECTORY]                lock everything that workers hold in a shared directory, one after the other, as
-                                       soon as nobody holds it; ["locked"]
+    ["lock", DIRECTORY, WORKERS]       see that nobody but these workers (numbers) holds a lock in a shared directory;
+                                       ["locked"]
     ["keep", DIRECTORY]                make files that nobody will change (``damage.Damage``); ["kept"]
     ["blocks", DIRECTORY, FILE]        read those block by block, write them to FILE, pickled; ["read"]
     ["fill", DIRECTORY]                write files until there is no room; ["full"]
@@ -36,7 +36,7 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ DIRECTORIES_MAX = 8
 HELD_MAX = 4
 #: How often a path may be ESTALE before it is taken for that.
 STALE_MAX = 10
+#: Seconds between two looks at who holds a lock: no event tells what its holder has written.
+LOCK_PAUSE_S = 0.05
 #: Bytes read at once.
 READ_SIZE = 1 << 20
 MODES = (0o600, 0o640, 0o644, 0o666, 0o755)
@@ -150,11 +152,22 @@ def lock_way(number: int) -> Callable[[int, int], None]:
     return fcntl.lockf if number % 2 else fcntl.flock
 
 
-def lock(root: Path) -> None:
-    """Take what workers lock in a shared directory, and give it back, whoever has to do so before. OSError."""
+def lock(root: Path, workers: Container[int]) -> None:
+    """Take what workers lock in a shared directory, and give it back; wait while it is somebody's who may not. OSError.
+
+    These workers may hold theirs for as long as they like: one that found no room does until it is replaced.
+    """
     for number in range(shared.LOCKS):
         with opened(shared.lock_file(root, number), os.O_RDWR) as fd:
-            lock_way(number)(fd, fcntl.LOCK_EX)
+            while True:
+                try:
+                    lock_way(number)(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    with opened(shared.lock_file(root, number), os.O_RDONLY) as again:  # as it is elsewhere
+                        if shared.worker_of(read_all(again)) in workers:
+                            break
+                time.sleep(LOCK_PAUSE_S)
 
 
 def keep(root: Path) -> None:
@@ -672,8 +685,8 @@ def obey(commands: "_Commands", say: Callable[..., None]) -> None:
                 tree: Tree = pickle.loads(Path(file).read_bytes())
                 Work(say, number, seed, Path(root), Path(together), tree, may_drop).go_on(commands.waiting)
                 say("stopped")
-            case ["lock", str(root)]:
-                lock(Path(root))
+            case ["lock", str(root), list(workers)]:
+                lock(Path(root), workers)
                 say("locked")
             case ["keep", str(root)]:
                 keep(Path(root))
