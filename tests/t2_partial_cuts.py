@@ -1,16 +1,19 @@
 """A mount is cut off from some of the daemons and reaches the others: what ends at one of them ends at all."""
 
 import os
+from functools import partial
 
 import pytest
 import trio
-from trio.testing import MockClock
-from whole import Client, Whole, whole_cluster
+from trio.testing import MockClock, wait_all_tasks_blocked
+from whole import CHUNK, Client, Whole, whole_cluster
 
 from benchfs_fuse.client import File
 from benchfs_fuse.errors import Stale, WouldBlock
 from benchfs_fuse.model import LockKind, LockType
+from benchfs_fuse.ports import Trimmed
 from benchfs_fuse.rpc.memory import MemoryNode
+from benchfs_fuse.services.truncations import Truncations
 
 OWNER = 7
 
@@ -160,3 +163,42 @@ async def test_a_session_that_held_nothing_is_begun_anew(holds: bool, autojump_c
             assert await one.fs.listdir("/") == [b"f"]
             await one.fs.mkdir("/d")
         assert one.links.expelled.is_set() == holds
+
+
+async def test_a_session_ends_though_a_file_that_it_may_have_open_is_being_cut(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its daemon was started anew during the truncation: nobody knows what else the session had open."""
+    settled: list[int] = []
+
+    def settle_and_count(self: Truncations, ino: int) -> None:
+        settled.append(ino)
+        assert len(settled) < 1000, "a file is settled again and again"
+        settle(self, ino)
+
+    async def trim_later(ino: int, index: int, offset: int, *, durable: bool = False) -> Trimmed:
+        await may_trim.wait()
+        return await trim(ino, index, offset, durable=durable)
+
+    settle, may_trim = Truncations.settle, trio.Event()
+    monkeypatch.setattr(Truncations, "settle", settle_and_count)
+    async with whole_cluster(2) as whole, whole.client() as one, whole.client() as two:
+        daemon, trim = whole.cluster.daemons[0], whole.chunks[1].trim
+        monkeypatch.setattr(whole.chunks[1], "trim", trim_later)
+        path = await file_on(whole, one, 0)
+        mine = await one.fs.open(path, os.O_RDWR)
+        await mine.write(bytes(3 * CHUNK), 0)
+        await mine.fsync()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(two.files.setattr, mine.ino, size=1))
+            await wait_all_tasks_blocked()
+            whole.network.partition(one.node, daemon.node)
+            await daemon.kill()
+            await daemon.start()
+            whole.network.partition(one.node, daemon.node)
+            await trio.sleep(3 * whole.cluster.lease_s)
+            assert one.links.client_id in [session.client_id for session in daemon.sessions.statuses()]
+            may_trim.set()
+        async with await two.fs.open(path, os.O_RDWR) as theirs:
+            await theirs.write(b"again", 0)
+        assert one.links.client_id not in [session.client_id for session in daemon.sessions.statuses()]

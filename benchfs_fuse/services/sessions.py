@@ -324,7 +324,7 @@ class SessionTable:
         opens = [OpenCount(ino, readers, writers) for ino, (readers, writers) in session.opens.items()]
         opens += [OpenCount(ino, 0, 1) for ino in written if ino not in session.opens]
         self.locks.ended(client_id)
-        self._unreclaimed.discard(client_id)
+        self._reclaimed(session)  # it has nothing to reclaim any more
         self._check_grace()
         await self._session_ended(client_id, opens, session.clean)
         for ino in list(session.opens):
