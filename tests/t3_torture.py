@@ -124,8 +124,6 @@ class Unseen:
     def sessions_over(self, processes: list[int], mount: Path) -> bool:
         return True
 
-    together = "shared"
-
     def run(self, command: str, root: Path, *more: object) -> str:
         return ""
 
