@@ -15,6 +15,7 @@ pytest_plugins = ("mounts",)
 FILES = 60
 
 
+@pytest.mark.slow
 def test_everything_is_measured_and_nothing_stays(
     mountpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
