@@ -375,27 +375,30 @@ class BenchfsOperations(pyfuse3.Operations):
             self._told_of(parent_inode).gone = True
             raise
         if attrs.is_dir:
-            await self._leave_old_place(attrs.ino, place)
+            self._leave_old_place(attrs.ino, place)
         return self._entry(await self._renewed(await self._files.fresh(attrs)), place)
 
-    async def _leave_old_place(self, ino: int, place: tuple[int, bytes]) -> None:
+    def _leave_old_place(self, ino: int, place: tuple[int, bytes]) -> None:
         """Have the kernel forget, soon, the place from which a directory was moved to another one by somebody else.
 
         A directory has one place in the kernel's cache of names. It moves it when it is told of the new one, but only
         if it gets the locks for that at once, which a rename under way keeps from it: ESTALE (__d_unalias of Linux'
-        fs/dcache.c). It asks once more then, and finds the old place forgotten. Not waited for: forgetting waits for
-        the lock of a directory, whose holder may wait for this answer.
+        fs/dcache.c). It asks once more then, and finds the old place forgotten. Not waited for: the old place's daemon
+        may be missing, and whoever holds the lock of a directory may wait for this answer.
         """
         told = self._told.get(ino)
-        if told is None or told.place is None or told.place[0] == place[0]:
-            return
-        try:
-            await self._namespace.lookup(*told.place)
-        except (NotFound, Stale):
+        if told is not None and told.place is not None and told.place[0] != place[0]:
             self._nursery.start_soon(self._forget_place, *told.place)
 
     async def _forget_place(self, parent: int, name: bytes) -> None:
-        await trio.to_thread.run_sync(_invalidate_name, parent, name, abandon_on_cancel=True, limiter=self._dropping)
+        """Have the kernel forget a name that stands for nothing any more; what stands there now may be mounted on."""
+        with contextlib.suppress(FsError):
+            try:
+                await self._namespace.lookup(parent, name)
+            except (NotFound, Stale):
+                await trio.to_thread.run_sync(
+                    _invalidate_name, parent, name, abandon_on_cancel=True, limiter=self._dropping
+                )
 
     def _check_gone(self, parent: int) -> None:
         """Raise NotFound for a name in a directory of which the kernel knows already that it was removed.

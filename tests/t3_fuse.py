@@ -23,7 +23,7 @@ from benchfs_fuse import errors, fuse
 from benchfs_fuse.chunks.faulty import Rates
 from benchfs_fuse.extras import Extras
 from benchfs_fuse.fuse import BenchfsOperations, errno_of, guarded
-from benchfs_fuse.model import ChunkId, LockKind, LockType, make_ino
+from benchfs_fuse.model import Attrs, ChunkId, LockKind, LockType, make_ino
 from benchfs_fuse.observe import recording
 from benchfs_fuse.observe.statistics import Statistics
 from benchfs_fuse.rpc.messages import GetAttr, GetXattr, Lookup, ReadDir, SyncChunks, SyncMeta, Touch
@@ -805,6 +805,27 @@ async def test_the_kernel_forgets_from_where_a_directory_was_moved_elsewhere(ker
             for parent, name in ((two, b"moved"), (one, b"new"), (two, b"replaced"), (two, b"moved")):
                 await ops.lookup(parent, name, CTX)
         assert kernel.forgotten == [(one, b"moved")]
+
+
+async def test_a_directory_that_was_moved_is_found_while_its_old_places_daemon_is_missing(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
+) -> None:
+    async with whole_cluster() as whole, whole.client() as other, operations(whole, op_timeout_s=30.0) as mount:
+        one, two = [(await mount.ops.mkdir(1, name, 0o755, CTX)).st_ino for name in (b"one", b"two")]
+        await mount.ops.mkdir(one, b"moved", 0o755, CTX)
+        await other.fs.rename("/one/moved", "/two/moved")
+        lookup = mount.client.namespace.lookup
+
+        async def missing(parent: int, name: bytes) -> Attrs:
+            if parent == one:
+                await trio.sleep(30)
+                raise errors.DaemonUnreachable("it is missing")
+            return await lookup(parent, name)
+
+        monkeypatch.setattr(mount.client.namespace, "lookup", missing)
+        with trio.fail_after(1):
+            await mount.ops.lookup(two, b"moved", CTX)
+    assert kernel.forgotten == []
 
 
 async def test_a_page_is_not_served_past_its_time(kernel: Kernel, autojump_clock: object) -> None:
