@@ -204,7 +204,7 @@ async def serve(
         await sessions.wait_grace_over()
         metadata.grace_ended()
 
-    server.register(metadata.handlers(), metadata.handlers_now(), wait_told=metadata.wait_told)
+    server.register(metadata.handlers(), metadata.handlers_now(), wait_done=metadata.wait_done)
     server.register(chunk_server.handlers(), bulk=chunk_server.bulk(), bulk_now=chunk_server.bulk_now())
     server.register({**tracing.handlers(), Status: status, Statistics: statistics})
     server.register(metadata.inspection(chunks, inspector).handlers())

@@ -882,6 +882,16 @@ def test_older_attributes_never_replace_newer_ones() -> None:
     assert known.get(7) == _attrs(5)
 
 
+def test_the_space_of_a_version_is_what_is_left_when_its_truncation_is_done() -> None:
+    under_way, done = (msgspec.structs.replace(_attrs(5), allocated=allocated) for allocated in (9000, 4096))
+    for first, second in ((under_way, done), (done, under_way)):
+        known = Known()
+        known.see(first)
+        epoch = known.epoch(7)
+        assert known.see(second) == done == known.get(7)
+        assert known.epoch(7) == epoch
+
+
 def test_the_epoch_changes_with_changes_of_others_alone() -> None:
     known = Known(count_max=2)
     known.see(_attrs(1))
@@ -1118,6 +1128,18 @@ async def test_a_truncation_elsewhere_leaves_zeros_of_what_was_not_published() -
             await two.fs.setattr("/f", size=0)
         async with await two.fs.open("/f") as file:
             assert await file.read(200, 0) == bytes(100)
+
+
+async def test_who_knew_the_size_before_a_truncation_elsewhere_reads_zeros_behind_the_cut() -> None:
+    async with whole_cluster(2) as whole, whole.client() as one, whole.client() as two:
+        file = await one.fs.open("/f", RW)
+        await file.write(b"a" * 2 * CHUNK, 0)
+        await file.fsync()
+        await two.fs.setattr("/f", size=10)
+        assert (await file.read(CHUNK, 0)) == b"a" * 10 + bytes(CHUNK - 10)
+        assert (await file.stat()).size == 10
+        assert (await file.read(CHUNK, 0)) == b"a" * 10
+        await file.close()
 
 
 async def test_blocks_are_right_after_a_write_met_a_truncation() -> None:

@@ -1,5 +1,6 @@
 """A retry comes behind what it repeats: behind what is still being served, and behind what other daemons have to do."""
 
+import os
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -8,10 +9,10 @@ from typing import NamedTuple
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
-from whole import Client, Whole, whole_cluster
+from whole import CHUNK, Client, Whole, whole_cluster
 
 from benchfs_fuse.model import ROOT_INO, DaemonId
-from benchfs_fuse.rpc.messages import Body, Done, Finish, Request, SyncChunks
+from benchfs_fuse.rpc.messages import Body, Done, Finish, Request, SyncChunks, TrimChunks
 from benchfs_fuse.services.calls import Call
 
 
@@ -83,6 +84,54 @@ async def test_a_retry_is_answered_when_every_daemon_has_done_its_part(
             assert not answered.is_set()
             go_on.set()
         assert answered.is_set()
+
+
+@pytest.mark.parametrize("restart", [False, True], ids=["new connection", "new incarnation"])
+async def test_the_retry_of_a_truncation_cuts_nothing_and_ends_behind_it(restart: bool) -> None:
+    async with whole_cluster(2) as whole, whole.client() as one, whole.client() as two, trio.open_nursery() as nursery:
+        file = await one.fs.open("/f", os.O_RDWR | os.O_CREAT)
+        await file.write(b"a" * 4 * CHUNK, 0)
+        await file.fsync()
+        home = whole.cluster.daemons[whole.cluster.shard_map.of_ino(file.ino)]
+        elsewhere = whole.cluster.daemons[1 - home.daemon_id]
+        trim = whole.service(elsewhere).chunks.handlers()[TrimChunks]
+        came, go_on = trio.Event(), trio.Event()
+        ended = []
+
+        async def later(request: Request, call: Call) -> Body:
+            came.set()
+            await go_on.wait()
+            return await trim(request, call)
+
+        async def cut() -> None:
+            await file.truncate(CHUNK)
+            ended.append("truncate")
+            await file.write(b"b" * CHUNK, CHUNK)
+            await file.fsync()
+
+        async def grow() -> None:
+            await two.fs.setattr("/f", size=3 * CHUNK)
+            ended.append("grow")
+
+        elsewhere.server.register({TrimChunks: later})
+        nursery.start_soon(cut)
+        await came.wait()
+        nursery.start_soon(grow)
+        if restart:
+            await home.kill()
+            await home.start()
+        else:
+            for channel in list(one.node.channels):
+                await channel.aclose()
+        await wait_all_tasks_blocked()
+        assert (await two.fs.stat("/f")).size == CHUNK, "it is decided"
+        assert ended == []
+        go_on.set()
+        await wait_all_tasks_blocked()
+        assert sorted(ended) == ["grow", "truncate"]
+        assert (await two.fs.stat("/f")).size == 3 * CHUNK
+        assert await file.read(2 * CHUNK, 0) == b"a" * CHUNK + b"b" * CHUNK
+        await file.close()
 
 
 async def test_who_finds_a_name_of_what_is_being_made_waits_for_it() -> None:

@@ -102,7 +102,7 @@ class Whole:
 
         daemon.nursery.start_soon(review_after_grace)
         chunks = ChunkServer(self.chunks[daemon.daemon_id], daemon.daemon_id, peers)
-        daemon.server.register({}, {}, chunks.bulk(), metadata.wait_told)
+        daemon.server.register({}, {}, chunks.bulk(), metadata.wait_done)
         inspector = self.inspectors[daemon.daemon_id]
         daemon.server.register(metadata.inspection(self.chunks[daemon.daemon_id], inspector).handlers())
         daemon.server.register(metadata.recounting(inspector).handlers())

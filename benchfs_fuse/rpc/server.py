@@ -132,7 +132,7 @@ class Server:
         self._bulk: dict[type[Request], BulkHandler] = {}
         self._bulk_now: dict[type[Request], SyncBulkHandler] = {}
         self._ops_now: frozenset[int] = frozenset()
-        self._wait_told: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+        self._wait_done: Callable[[Request], Awaitable[None]] = _at_once
         self.register(sessions.handlers(), sessions.handlers_now())
         self._running: dict[tuple[ClientId, int], _Running] = {}
         self._nursery: trio.Nursery | None = None
@@ -144,15 +144,15 @@ class Server:
         handlers: Mapping[type[Request], AsyncHandler],
         handlers_now: Mapping[type[Request], SyncHandler] = MappingProxyType({}),
         bulk: Mapping[type[Request], BulkHandler] = MappingProxyType({}),
-        wait_told: Callable[[], Awaitable[None]] | None = None,
+        wait_done: Callable[[Request], Awaitable[None]] | None = None,
         bulk_now: Mapping[type[Request], SyncBulkHandler] = MappingProxyType({}),
     ) -> None:
         """Add a service's handlers.
 
-        ``wait_told`` waits until every daemon has done its part of what earlier incarnations of this one decided:
-        before that no retry is answered from what they recorded.
+        ``wait_done`` waits until every daemon has done its part of a request: before that no retry is answered from
+        what an earlier incarnation of this one recorded.
         """
-        self._wait_told = wait_told or self._wait_told
+        self._wait_done = wait_done or self._wait_done
         self._handlers.update(handlers)
         self._handlers_now.update(handlers_now)
         self._bulk.update(bulk)
@@ -283,7 +283,7 @@ class Server:
             older.scope.cancel()
             await older.done.wait()
         if isinstance(found, Body):
-            await self._wait_told()
+            await self._wait_done(request)
             return Reply(0, encode(found))
         running = found
         if running is None:
@@ -309,6 +309,12 @@ class Server:
         if self._running.get(key) is running:
             del self._running[key]
         running.done.set()
+
+
+async def _at_once(request: Request) -> None:
+    """Be the ``wait_done`` of services whose requests end here."""
+    del request
+    await trio.lowlevel.checkpoint()
 
 
 def _failure(op: int, error: Exception) -> Reply:

@@ -40,7 +40,7 @@ RELATIME_NS = 24 * 60 * 60 * 10**9
 
 
 def change(draft: Draft, inode: Inode, request: SetAttr) -> None:
-    """Apply a SetAttr to an inode, the size included. What lies behind a smaller size must have gone."""
+    """Apply a SetAttr to an inode, the size included. What lies behind a smaller size goes before it grows again."""
     if request.mode is not None:
         set_permissions(draft, inode, request.mode)
     if request.uid is not None:

@@ -56,7 +56,7 @@ from ..rpc.messages import (
 )
 from .calls import Batch, Call, Opens, Peers
 from .inodes import Inode, Inodes
-from .locks import Blocked, Locks, Wanted
+from .locks import Locks
 from .parallel import each
 from .reaper import Reaper
 from .truncations import Truncations
@@ -119,15 +119,6 @@ class Inspection:
             SweepRecords: self._sweep,
         }
 
-    async def _unlocked(self, wanted: Wanted) -> None:
-        """Wait until these locks could be taken; true until the next await."""
-        while True:
-            try:
-                self._locks.check(wanted)
-                return
-            except Blocked as blocked:
-                await blocked.released.wait()
-
     # ── what is there ────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _list_records(self, request: Request, call: Call) -> Body:
@@ -169,11 +160,11 @@ class Inspection:
             if position % STEP_MAX == 0:
                 await trio.lowlevel.checkpoint()
             _check_numbers(ino)
-            await self._unlocked({disk.key(disk.INODE, ino): False})
+            await self._locks.wait_free({disk.key(disk.INODE, ino): False})
             state = self._state(ino)
             if state.pending and state.record and not state.held and not self._reviewed.is_set():
                 await self._reviewed.wait()
-                await self._unlocked({disk.key(disk.INODE, ino): False})
+                await self._locks.wait_free({disk.key(disk.INODE, ino): False})
                 state = self._state(ino)
             found.append(state)
         return FindInodesReply(tuple(found))
@@ -195,7 +186,7 @@ class Inspection:
                 await trio.lowlevel.checkpoint()
             _check_numbers(parent)
             key = disk.key_name(disk.ENTRY, parent, name)
-            await self._unlocked({key: False})
+            await self._locks.wait_free({key: False})
             found.append(self._store.get(key) or b"")
         return FindNamesReply(tuple(found))
 
@@ -321,7 +312,7 @@ class Inspection:
         assert isinstance(request, RemoveInode)
         ino = request.ino
         _check_numbers(ino)
-        await self._unlocked({disk.key(disk.INODE, ino): True})
+        await self._locks.wait_free({disk.key(disk.INODE, ino): True})
         draft = self._inodes.draft()
         inode = draft.find(ino)
         if inode is None:

@@ -11,6 +11,8 @@ import math
 import time
 from itertools import count
 
+import msgspec
+
 from ..limits import KNOWN_MAX
 from ..model import Attrs
 
@@ -49,8 +51,13 @@ class Known:
             if not own or attrs.version != fact.attrs.version + 1:
                 fact.epoch = next(self._epochs)
             fact.attrs = attrs
-        elif attrs.version == fact.attrs.version and attrs.atime_ns > fact.attrs.atime_ns:
-            fact.attrs = attrs  # a read sets the access time and leaves the version
+        elif attrs.version == fact.attrs.version and attrs != fact.attrs:
+            # A read sets the access time and leaves the version; a truncation frees space behind its new version.
+            fact.attrs = msgspec.structs.replace(
+                fact.attrs,
+                atime_ns=max(attrs.atime_ns, fact.attrs.atime_ns),
+                allocated=min(attrs.allocated, fact.attrs.allocated),
+            )
         if attrs.version >= fact.attrs.version:
             fact.seen_s = time.monotonic()
         self._facts[attrs.ino] = fact

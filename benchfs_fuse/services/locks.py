@@ -5,7 +5,7 @@ A lock is named by the key in the store that it protects:
     D directory, name   exclusive: the entry is about to change (PutEntry, DropEntry)
     I ino               shared: the directory must stay (PutEntry, DropEntry in it); exclusive: the inode itself is
                         about to change its links, to go or to be made (DropDir, AddLink, DropLink, Moved, NewInode)
-    P ino               exclusive: the file is being truncated; nobody else may publish data or open it for writing
+    P ino               exclusive: the file is being cut; nobody else may publish data or open it for writing
 
 Only transactions over several daemons and truncations hold locks, because only they wait between looking and changing.
 Everything else runs in one go and merely checks that nobody holds what it needs. All locks of one transaction at one
@@ -81,11 +81,16 @@ class Locks:
                 del self._held[key]
                 held.released.set()
 
-    async def acquire(self, wanted: Wanted) -> None:
-        """Wait until all of ``wanted`` can be taken, then take them. Cancelled: nothing was taken."""
+    async def wait_free(self, wanted: Wanted) -> None:
+        """Wait until all of ``wanted`` could be taken; true until the next await."""
         while True:
             try:
-                self.take(wanted)
+                self.check(wanted)
                 return
             except Blocked as blocked:
                 await blocked.released.wait()
+
+    async def acquire(self, wanted: Wanted) -> None:
+        """Wait until all of ``wanted`` can be taken, then take them. Cancelled: nothing was taken."""
+        await self.wait_free(wanted)
+        self.take(wanted)

@@ -264,9 +264,11 @@ class MetadataService:
         """Do what goes on behind replies, until cancelled."""
         await self._jobs.run(task_status=task_status)
 
-    async def wait_told(self) -> None:
-        """Wait until what earlier incarnations decided about names has been done by every daemon."""
+    async def wait_done(self, request: Request) -> None:
+        """Wait until every daemon has done its part of a request whose outcome an earlier incarnation recorded."""
         await self._transactions.wait_told()
+        if isinstance(request, SetAttr):
+            await self._truncations.wait_cut(request.ino)
 
     async def wait_idle(self) -> None:
         """Wait until nothing goes on behind replies."""

@@ -1,9 +1,11 @@
-"""Cut files: what lies behind the cut has gone on every daemon before the new size is seen.
+"""Cut files: one step for whoever looks at them, and what lay behind a cut never appears again.
 
 A truncation holds the lock P of its inode: nobody publishes data, changes the size or opens the file for writing
-meanwhile. First the P record says what is to be done, then the chunks behind the cut go, then one batch sets the size,
-drops the P record and records the client's outcome. After a crash the record is found, the lock taken before anything
-is served, and the truncation finished.
+meanwhile. First one batch sets the size, writes the P record and records the client's outcome: from then on the file is
+shorter for everybody, and its ``reach`` tells how far its chunks still go. Then the chunks behind the cut go, and one
+batch more sets the allocated space and drops the P record. After a crash the record is found, the lock taken before
+anything is served, and the truncation finished. A retry is answered when it is: what its client writes next must not be
+cut off.
 
 *Doubtful* is a file to which a client wrote that died, or that says its writes failed: data that was never published
 may lie behind the size, on any daemon, and must never appear. So is a file that was cut while other clients had it
@@ -13,7 +15,7 @@ behind the size on purpose goes, too. (While others have it open, that would des
 published.) A P record remembers the doubt.
 
     P value  offset 0, 1: 1 if the file is doubtful, else 0
-             offset 1: the SetAttr request as a message if it is being truncated
+             offset 1, 1: 1 if it is being truncated, else missing
 
 What other daemons have cut is on stable storage before the record goes: else a power cut there would bring old bytes
 back into a file that has grown again. A power cut here may take the whole truncation back, and the bytes are gone all
@@ -22,11 +24,11 @@ the same: what was cut off and not synced is then zeros.
 All daemons that hold chunks of the file are asked, not only those behind the cut: what they have left is the file's
 allocated space, however often they were asked.
 
-RPCs of a truncation: one TrimChunks to each daemon that holds chunks of the file; of settling, to every daemon.
+RPCs of a truncation: one TrimChunks to each daemon that holds chunks of the file; of a doubtful one, to every daemon.
 """
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -34,7 +36,8 @@ import trio
 
 from .. import disk
 from ..errors import FsError, Stale
-from ..rpc.messages import AttrsReply, Body, SetAttr, TrimChunks, TrimChunksReply, decode, encode
+from ..model import Attrs, ClientId
+from ..rpc.messages import AttrsReply, Body, SetAttr, TrimChunks, TrimChunksReply
 from .attributes import change, cuts
 from .calls import Call, Opens, Peers
 from .inodes import Draft, Inode, Inodes
@@ -46,21 +49,27 @@ _log = logging.getLogger(__name__)
 
 _CERTAIN = b"\0"
 _DOUBTFUL = b"\1"
+_CUT = b"\1"
 
 
 class _Waiter:
-    """Stand for the client that waits for a truncation. ``call`` is None once it has gone away or been answered."""
+    """Stand for the client that waits for a truncation; ``client_id`` is None once it has gone or been answered."""
 
-    def __init__(self, call: Call) -> None:
-        self.call: Call | None = call
+    def __init__(self, client_id: ClientId) -> None:
+        self.client_id: ClientId | None = client_id
         self.answered = trio.Event()
         self.error: FsError | None = None
-        self.reply: Body | None = None
+        self.attrs: Attrs | None = None
 
-    def answer(self, reply: Body | None, error: FsError | None) -> None:
-        self.call = None
-        self.reply = reply
-        self.error = error
+    def answer(self, answer: Attrs | FsError) -> None:
+        """Take an answer, if it is the first, and go on."""
+        if self.answered.is_set():
+            return
+        self.client_id = None
+        if isinstance(answer, FsError):
+            self.error = answer
+        else:
+            self.attrs = answer
         self.answered.set()
 
 
@@ -77,9 +86,9 @@ class Truncations:
         self.doubtful: set[int] = set()
 
     async def truncate(self, request: SetAttr, call: Call) -> Body:
-        """Change attributes, the size to a smaller one among them. If cancelled it goes on, and a retry repeats it.
+        """Change attributes, the size to a smaller one among them. It goes on if cancelled.
 
-        An error of a daemon is the client's at once; the truncation is tried again behind its back until it is done.
+        An error of a daemon is the client's at once; the chunks are tried again behind its back until they have gone.
         """
         wanted = {disk.key(disk.TRUNCATING, request.ino): True}
         await self._locks.acquire(wanted)
@@ -87,51 +96,50 @@ class Truncations:
             draft = self._inodes.draft()
             inode = draft.inode(request.ino)
             assert request.size is not None
-            if not cuts(inode, request.size):  # somebody was faster
-                change(draft, inode, request)
-                reply = AttrsReply(inode.attrs())
-                call.commit(draft, reply)
-                self._locks.release(wanted)
-                return reply
-            doubt = _DOUBTFUL if request.ino in self.doubtful else _CERTAIN
-            draft.put(disk.key(disk.TRUNCATING, request.ino), doubt + encode(request))
-            draft.write()
+            cut = cuts(inode, request.size)  # somebody may have been faster
+            if cut:
+                inode.reach = inode.end
+                doubt = _DOUBTFUL if request.ino in self.doubtful else _CERTAIN
+                draft.put(disk.key(disk.TRUNCATING, request.ino), doubt + _CUT)
+            change(draft, inode, request)
+            reply = AttrsReply(inode.attrs())
+            call.commit(draft, reply)
         except BaseException:
             self._locks.release(wanted)
             raise
-        waiter = _Waiter(call)
-        self._jobs.start(self._cut, request, waiter)
+        if not cut:
+            self._locks.release(wanted)
+            return reply
+        waiter = _Waiter(call.client_id)
+        self._jobs.start(self._cut, request.ino, waiter)
         try:
             await waiter.answered.wait()
         finally:
-            waiter.call = None
+            waiter.client_id = None
         if waiter.error is not None:
             raise waiter.error
-        assert waiter.reply is not None
-        return waiter.reply
+        assert waiter.attrs is not None
+        return AttrsReply(waiter.attrs)
 
-    async def _cut(self, request: SetAttr, waiter: _Waiter | None) -> None:
-        """Finish a truncation whose record is written and whose lock is held."""
-        ino, size = request.ino, request.size
-        assert size is not None
+    async def wait_cut(self, ino: int) -> None:
+        """Wait until no truncation of an inode is under way."""
+        await self._locks.wait_free({disk.key(disk.TRUNCATING, ino): True})
+
+    async def _cut(self, ino: int, waiter: _Waiter | None) -> None:
+        """Let the chunks behind the size go of a file whose lock is held and whose record is written."""
         inode = self._inodes.find(ino)
         left = 0
         if inode is not None:
-            chunks = range(-(-inode.end // inode.chunk_size))
-            daemons = self._inodes.shard_map.of_chunks(ino, chunks, inode.width)
-            replies = await self._trim(
-                TrimChunks(ino, *divmod(size, inode.chunk_size)),
-                self._inodes.daemons if ino in self.doubtful else daemons,
-                waiter,
-            )
-            left = sum(reply.left for reply in replies)
+            request = TrimChunks(ino, *divmod(inode.size, inode.chunk_size))
+            left = sum(reply.left for reply in await self._trim(request, self._holders(inode), waiter))
+        await self._end(ino, left, waiter)
 
-        def finish(draft: Draft, inode: Inode) -> None:
-            inode.allocated = left
-            inode.reach = 0
-            change(draft, inode, request)
-
-        await self._end(ino, finish, waiter)
+    def _holders(self, inode: Inode) -> Iterable[int]:
+        """Return the daemons on which chunks of a file may be."""
+        if inode.ino in self.doubtful:
+            return self._inodes.daemons
+        chunks = range(-(-inode.end // inode.chunk_size))
+        return self._inodes.shard_map.of_chunks(inode.ino, chunks, inode.width)
 
     async def _trim(self, request: TrimChunks, daemons: Iterable[int], waiter: _Waiter | None) -> list[TrimChunksReply]:
         replies = []
@@ -145,7 +153,7 @@ class Truncations:
                     replies.append(await self._peers.call(daemon, asked, TrimChunksReply))
                 except FsError as error:
                     if waiter is not None:
-                        waiter.answer(None, error)
+                        waiter.answer(error)
                     raise
 
             await persist(f"TrimChunks of inode {request.ino} at daemon {daemon}", attempt)
@@ -153,14 +161,13 @@ class Truncations:
         await each(one, daemons)
         return replies
 
-    async def _end(self, ino: int, finish: Callable[[Draft, Inode], None], waiter: _Waiter | None) -> None:
-        """Write the end of a truncation, as the client's outcome if it still waits, and unlock.
+    async def _end(self, ino: int, left: int, waiter: _Waiter | None) -> None:
+        """Write the end of a truncation, after which ``left`` bytes are allocated, unlock, and answer the client.
 
         Other clients that have the file open for writing may have lost blocks that they are going to count: it is
         doubtful until they have closed it.
         """
-        call = waiter.call if waiter is not None else None
-        client_id = call.client_id if call is not None else None
+        client_id = waiter.client_id if waiter is not None else None
 
         async def attempt() -> None:
             draft = self._inodes.draft()
@@ -171,22 +178,14 @@ class Truncations:
             else:
                 draft.delete(disk.key(disk.TRUNCATING, ino))
                 draft.after_write.append(lambda: self.doubtful.discard(ino))
-            if inode is None:
-                draft.write()
-                if waiter is not None:
-                    waiter.answer(None, Stale(f"inode {ino} has gone"))
-                return
-            finish(draft, inode)
-            if waiter is None or waiter.call is None:
-                draft.write()
-                return
-            reply = AttrsReply(inode.attrs())
-            try:
-                waiter.call.commit(draft, reply)
-            except FsError as error:
-                waiter.answer(None, error)
-                raise
-            waiter.answer(reply, None)
+            if inode is not None:
+                if left > inode.allocated:  # that it is less is seen without a new version (services/known.py)
+                    draft.stamp(inode)
+                inode.allocated, inode.reach = left, 0
+                draft.changed(inode)
+            draft.write()
+            if waiter is not None:
+                waiter.answer(Stale(f"inode {ino} has gone") if inode is None else inode.attrs())
 
         await persist(f"end of the truncation of inode {ino}", attempt)
         self._locks.release({disk.key(disk.TRUNCATING, ino): True})
@@ -209,21 +208,7 @@ class Truncations:
             self._locks.take({disk.key(disk.TRUNCATING, ino): True})
         except Blocked:
             return
-        self._jobs.start(self._settle, ino)
-
-    async def _settle(self, ino: int) -> None:
-        inode = self._inodes.find(ino)
-        left = 0
-        if inode is not None:
-            request = TrimChunks(ino, *divmod(inode.size, inode.chunk_size))
-            left = sum(reply.left for reply in await self._trim(request, self._inodes.daemons, None))
-
-        def finish(draft: Draft, inode: Inode) -> None:
-            if inode.allocated != left or inode.reach:
-                inode.allocated, inode.reach = left, 0
-                draft.stamp(inode)
-
-        await self._end(ino, finish, None)
+        self._jobs.start(self._cut, ino, None)
 
     @asynccontextmanager
     async def held_still(self, ino: int) -> AsyncIterator[bool]:
@@ -242,19 +227,13 @@ class Truncations:
 
     async def settle_now(self, ino: int) -> None:
         """Settle a file that nobody has open as if it were doubtful, and wait for the end of that."""
-        wanted = {disk.key(disk.TRUNCATING, ino): True}
-        while True:
-            try:
-                draft = self._inodes.draft()
-                self.doubt(draft, ino)
-                draft.write()
-                break
-            except Blocked as blocked:
-                await blocked.released.wait()
+        await self.wait_cut(ino)
+        draft = self._inodes.draft()
+        self.doubt(draft, ino)
+        draft.write()
         if not self._opens.count(ino):
             self.settle(ino)
-            await self._locks.acquire(wanted)
-            self._locks.release(wanted)
+            await self.wait_cut(ino)
 
     def bury(self, draft: Draft, ino: int) -> bool:
         """Forget with the draft about an inode that is dead; tell whether its chunks may lie anywhere."""
@@ -273,12 +252,12 @@ class Truncations:
                 self.doubtful.add(ino)
             if len(value) > 1:
                 self._locks.take({key: True})
-                found.append(decode(SetAttr, value[1:]))
+                found.append(disk.number(key))
         if found:
             self._jobs.start(self._finish_found, found)
 
-    async def _finish_found(self, found: Sequence[SetAttr]) -> None:
-        await each(lambda request: self._cut(request, None), found)
+    async def _finish_found(self, found: Sequence[int]) -> None:
+        await each(lambda ino: self._cut(ino, None), found)
         _log.info("truncations that were under way before this start: %d finished", len(found))
 
     def review(self) -> None:
