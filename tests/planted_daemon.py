@@ -8,6 +8,7 @@ unfenced  some writes take long, and the end of their connection does not wait f
           session
 resumed   likewise, but so long that they land behind what came over the next connection
 afterwards likewise, but longer than a lease; they land a while behind the end of the session if it ends meanwhile
+alone     whoever ends a session tells no other daemon
 slow      no fault: the same writes take as long, and the end of their connection waits for them
 busy      no fault: the first who asks how much space there is has to wait
 quota     no fault: chunk files may not grow when QUOTA bytes of their disk are used
@@ -32,6 +33,7 @@ from benchfs_fuse.rpc.server import Server
 from benchfs_fuse.services.calls import Call
 from benchfs_fuse.services.chunkserver import ChunkServer
 from benchfs_fuse.services.metadata import MetadataService
+from benchfs_fuse.services.sessions import SessionTable
 from benchfs_fuse.services.transactions import Transactions
 
 #: Seconds by which a write is late; and that one takes which is long: longer than a mount takes to be started anew, or
@@ -134,6 +136,16 @@ def plant_afterwards() -> None:
     plant_slow(outlast, fenced=False)
 
 
+def plant_alone() -> None:
+    begin = SessionTable.__init__
+
+    def alone(self: SessionTable, *more: Any, **names: Any) -> None:
+        begin(self, *more, **names)
+        self._others = []
+
+    SessionTable.__init__ = alone  # type: ignore[method-assign]
+
+
 def plant_quota() -> None:
     """Answer for the disk: where the chunk store calls it, and as it would."""
     write, fallocate, plain = Ring.write, Ring.fallocate, os.pwritev
@@ -212,6 +224,7 @@ PLANTS: dict[str, Callable[[], None]] = {
     "unfenced": partial(plant_slow, partial(trio.sleep, LONG_S), fenced=False),
     "resumed": partial(plant_slow, partial(trio.sleep, LONGEST_S), fenced=False),
     "afterwards": plant_afterwards,
+    "alone": plant_alone,
     "slow": partial(plant_slow, partial(trio.sleep, LONG_S), fenced=True),
     "busy": plant_busy,
     "quota": plant_quota,

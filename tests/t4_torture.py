@@ -172,6 +172,8 @@ def planted(monkeypatch: pytest.MonkeyPatch, fault: str, by: str | Cut) -> Plan:
         pytest.param("resumed", Cut.BREAK, marks=pytest.mark.slow),
         # A write lands after the end of its session and what was seen then, of a mount that was cut off.
         pytest.param("afterwards", Cut.EXPEL, marks=pytest.mark.slow),
+        # Who is cut off from one daemon goes on at the others.
+        pytest.param("alone", Cut.EXPEL_BY_ONE, marks=pytest.mark.slow),
     ],
 )
 def test_a_planted_fault_is_found(monkeypatch: pytest.MonkeyPatch, fault: str, by: str | Cut) -> None:
