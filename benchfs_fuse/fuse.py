@@ -95,6 +95,8 @@ DEFAULT_ACL = b"system.posix_acl_default"
 #: Attributes that the kernel asks for again and again (the first one before every write) and that hardly any file has:
 #: that an inode has none is remembered for as long as its epoch lasts.
 _ASKED_OFTEN = frozenset({CAPABILITY, b"system.posix_acl_access", DEFAULT_ACL})
+#: One for all inodes: a frozenset has 216 bytes, also an empty one.
+_NO_NAMES: frozenset[bytes] = frozenset()
 
 #: Who holds locks: the kernel's number of a process or of an open file description, and the kind of lock.
 Owner = tuple[int, LockKind]
@@ -177,7 +179,7 @@ class _Told:
         #: Times that it was told to drop the data.
         self.drops = 0
         #: Extended attributes that the inode did not have in an epoch.
-        self.absent: frozenset[bytes] = frozenset()
+        self.absent = _NO_NAMES
         #: Mode, owner and group that it was told last.
         self.permissions: tuple[int, int, int] | None = None
         self.absent_epoch = 0
@@ -418,7 +420,9 @@ class BenchfsOperations(pyfuse3.Operations):
         """
         for ino, _ in inode_list:
             if not self._files.is_open(ino):
-                self._told.pop(ino, None)
+                told = self._told.pop(ino, None)
+                if told is not None and told.removed is not None:
+                    self._files.known.forget(ino)
 
     @guarded
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
@@ -975,7 +979,7 @@ class BenchfsOperations(pyfuse3.Operations):
             raise NoAttribute(str(name))
         told, epoch = self._told_of(inode), self._files.known.epoch(inode)
         if told.absent_epoch != epoch:
-            told.absent, told.absent_epoch = frozenset(), epoch
+            told.absent, told.absent_epoch = _NO_NAMES, epoch
         if name in told.absent and epoch:
             self.absent_known += 1
             raise NoAttribute(str(name))
@@ -1023,7 +1027,7 @@ class BenchfsOperations(pyfuse3.Operations):
             raise NotSupported("default ACLs")
         await self._files.setxattr(ino, name, value, flags, who)
         told = self._told_of(ino)
-        told.absent, told.absent_epoch = frozenset(), 0  # an answer from before does not count any more
+        told.absent, told.absent_epoch = _NO_NAMES, 0  # an answer from before does not count any more
 
     @guarded
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:

@@ -201,6 +201,7 @@ async def test_the_handlers_remember_nothing_of_what_the_kernel_forgot(monkeypat
             await ops.unlink(1, b"%d" % number, context)
             await ops.forget([(ino, 1)])
         assert (ops._told, ops._handles, ops._listings) == ({}, {}, {})
+        assert [ino for ino in inos if client.files.known.get(ino) is not None] == []
         counts = client.files.statistics()
         assert counts == (0, 0, 0, 0)
         for daemon in whole.cluster.daemons:

@@ -85,6 +85,10 @@ class Known:
         fact = self._facts.get(ino)
         return fact.epoch if fact is not None else 0
 
+    def forget(self, ino: int) -> None:
+        """Forget an inode: it has gone, and nobody will ask for it again."""
+        self._facts.pop(ino, None)
+
     def clear(self) -> None:
         """Forget everything: a daemon was started anew, and may have lost what it had not synced."""
         self._facts.clear()
