@@ -7,7 +7,7 @@ forgotten what was prepared for a transaction is forgotten by a restart
 unfenced  some writes take long, and the end of their connection does not wait for them: they land behind the end of the
           session
 resumed   likewise, but so long that they land behind what came over the next connection
-afterwards likewise, but longer than a lease; they land a while behind the end of the session if it ends meanwhile
+afterwards likewise, but longer than a lease; they land behind the end of the session, when the next mount comes
 alone     whoever ends a session tells no other daemon
 slow      no fault: the same writes take as long, and the end of their connection waits for them
 busy      no fault: the first who asks how much space there is has to wait
@@ -27,8 +27,18 @@ from benchfs_fuse import daemon
 from benchfs_fuse.chunks.uring import Ring
 from benchfs_fuse.errors import FsError
 from benchfs_fuse.model import ClientId
-from benchfs_fuse.ports import Buffer, Reply
-from benchfs_fuse.rpc.messages import Body, Finish, OpenCount, Request, WriteChunk, WriteChunkReply, encode
+from benchfs_fuse.ports import Buffer, Channel, Reply
+from benchfs_fuse.rpc.messages import (
+    Body,
+    Finish,
+    Hello,
+    HelloReply,
+    OpenCount,
+    Request,
+    WriteChunk,
+    WriteChunkReply,
+    encode,
+)
 from benchfs_fuse.rpc.server import Server
 from benchfs_fuse.services.calls import Call
 from benchfs_fuse.services.chunkserver import ChunkServer
@@ -41,10 +51,8 @@ from benchfs_fuse.services.transactions import Transactions
 LATE_S = 0.3
 LONG_S = 4.0
 LONGEST_S = 20.0
-#: Seconds for a write that is to outlast a lease; and by which it lands behind the end of a session: behind a look at
-#: what is there, and before the next one, which takes a new mount.
+#: Seconds for a write that is to outlast a lease, and for the next mount to come when the session has ended.
 OUTLASTING_S = 40.0
-BEHIND_S = 6.0
 #: Seconds for the first answer about space: more than SPACE_TIMEOUT_S of services/namespace.py.
 BUSY_S = 3.0
 #: Bytes that may be used.
@@ -119,20 +127,33 @@ def plant_slow(pause: Callable[[], Awaitable[None]], *, fenced: bool) -> None:
 
 
 def plant_afterwards() -> None:
-    session_ended, ended = MetadataService.session_ended, [trio.Event()]
+    """Between the end of a session and the next mount the torture looks at what is there, and then once more."""
+    session_ended, hello = MetadataService.session_ended, SessionTable.hello
+    ended, begun = [trio.Event()], [trio.Event()]
 
-    async def noted(self: MetadataService, client_id: ClientId, opens: Sequence[OpenCount], clean: bool) -> None:
+    def happened(events: list[trio.Event]) -> None:
+        events[-1].set()
+        events.append(trio.Event())
+
+    async def noted_end(self: MetadataService, client_id: ClientId, opens: Sequence[OpenCount], clean: bool) -> None:
         await session_ended(self, client_id, opens, clean)
         if not clean:
-            ended[-1].set()
-            ended.append(trio.Event())
+            happened(ended)
+
+    async def noted_hello(self: SessionTable, channel: Channel, request: Hello) -> HelloReply:
+        reply = await hello(self, channel, request)
+        if request.kind == "mount" and not request.resume:
+            happened(begun)
+        return reply
 
     async def outlast() -> None:
-        with trio.move_on_after(OUTLASTING_S):
+        with trio.move_on_after(OUTLASTING_S) as scope:
             await ended[-1].wait()
-            await trio.sleep(BEHIND_S)
+            scope.deadline = trio.current_time() + OUTLASTING_S
+            await begun[-1].wait()
 
-    MetadataService.session_ended = noted  # type: ignore[method-assign]
+    MetadataService.session_ended = noted_end  # type: ignore[method-assign]
+    SessionTable.hello = noted_hello  # type: ignore[method-assign]
     plant_slow(outlast, fenced=False)
 
 
