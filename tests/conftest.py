@@ -4,6 +4,7 @@ import functools
 import os
 import signal
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -18,6 +19,7 @@ REQUIRE_DEVICES = "BENCHFS_REQUIRE_DEVICES"
 #: Levels that work with real devices.
 DEVICE_LEVELS = ("t4_", "t5_")
 
+_LEFT_OUT = "benchfs_left_out"
 _left_out = pytest.StashKey[int]()
 
 
@@ -51,6 +53,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in dear]
         config.hook.pytest_deselected(items=dear)
     config.stash[_left_out] = len(dear)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where several processes share the tests, tell the one that prints the end how many were left out."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output[_LEFT_OUT] = session.config.stash.get(_left_out, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Hear that from a process that has ended; one that crashed says nothing."""
+    node.config.stash[_left_out] = getattr(node, "workeroutput", {}).get(_LEFT_OUT, 0)
 
 
 @functools.cache

@@ -84,3 +84,11 @@ def test_two_long_byte_strings_are_compared_at_once_where_ci_is_set(tmp_path: Pa
     ended = ("-o", "faulthandler_timeout=60", "-o", "faulthandler_exit_on_timeout=true")
     shown = run(tmp_path, "t0_x.py", "-k", "test_bytes", *ended, CI="true")
     assert "At index 5 diff: b'.' != b','" in shown
+
+
+def test_several_processes_end_with_the_same_counts(tmp_path: Path) -> None:
+    (tmp_path / "t0_y.py").write_text("def test_passes_too(): pass\n")
+    shown = run(tmp_path, "t0_x.py", "-n", "2", "--dist", "loadfile")
+    assert "2 passed, 1 failed, 1 skipped, 1 expected failures\n" in shown
+    assert "1 slow or exhaustive tests left out: scripts/test --all runs them\n" in shown
+    assert "not on a Sunday" in shown
