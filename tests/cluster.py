@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchfs_fuse import kernel_mounts
@@ -196,13 +196,37 @@ class Cluster:
                 process.stop()
 
 
+#: Make the disk of a daemon's data directory there.
+MakeDisk = Callable[[Path], None]
+
+
+def tmpfs_of(size: int) -> MakeDisk:
+    """Have disks of ``size`` bytes, all for data, on which nobody else takes and gives back space."""
+
+    def mount(path: Path) -> None:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "tmpfs", str(path)], check=True)
+
+    return mount
+
+
 @contextlib.contextmanager
-def running_cluster(daemons: int = 2, *, chunk_size: int = CHUNK_SIZE_DEFAULT) -> Iterator[Cluster]:
-    """Run a cluster in a directory of its own, which goes with it."""
+def running_cluster(
+    daemons: int = 2,
+    *,
+    chunk_size: int = CHUNK_SIZE_DEFAULT,
+    make_disk: MakeDisk | None = None,
+    planted: str = "",
+) -> Iterator[Cluster]:
+    """Run a cluster in a directory of its own, which goes with it; its daemons on disks of their own or on that one."""
     directory = Path(tempfile.mkdtemp(prefix="benchfs-test-"))
     directory.chmod(0o755)  # other users have to reach the mount points in it
-    try:
-        with Cluster(directory, daemons, chunk_size=chunk_size) as cluster:
-            yield cluster
-    finally:
-        shutil.rmtree(directory)
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, directory)
+        cluster = Cluster(directory, daemons, chunk_size=chunk_size, planted=planted)
+        for number in range(daemons if make_disk is not None else 0):
+            assert make_disk is not None
+            path = cluster.data_dir(number)
+            path.mkdir(mode=0o700)
+            make_disk(path)
+            stack.callback(subprocess.run, ["umount", "-l", str(path)], check=True)
+        yield stack.enter_context(cluster)

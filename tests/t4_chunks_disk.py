@@ -22,7 +22,7 @@ from benchfs_fuse.chunks.uring import PLAIN_LENGTH_MAX, ProbeResult, Ring
 from benchfs_fuse.errors import NoSpace, NotSupported, QuotaExceeded, StorageError, UserError
 from benchfs_fuse.kv.memory import MemoryStore
 from benchfs_fuse.kv.rocks import RocksStore
-from benchfs_fuse.limits import FILES_OPEN_MAX
+from benchfs_fuse.limits import CHUNK_SIZE_MAX, FILES_OPEN_MAX
 from benchfs_fuse.model import ChunkId, DataRange
 from benchfs_fuse.ports import Buffer, KeyValueStore
 
@@ -626,7 +626,7 @@ async def test_a_reservation_does_not_take_the_reserve(tmp_path: Path) -> None:
     free = space.f_bavail * space.f_frsize
     async with opened(tmp_path, reserve=free - 64 * BLOCK) as (store, _):
         with pytest.raises(NoSpace):
-            await store.allocate(CHUNK, 0, 1024 * BLOCK)
+            await store.allocate(CHUNK, 0, CHUNK_SIZE_MAX)  # so much nobody else gives back meanwhile
         assert await content(store) == b"" and not files(tmp_path)
 
 

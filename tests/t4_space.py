@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, Mount, running_cluster
+from cluster import Cluster, Mount, running_cluster, tmpfs_of
 from fsck import complaints_on_disk
 from planted_daemon import QUOTA
 from posix_help import opened, refused, wait_until
@@ -145,18 +145,6 @@ def test_a_cut_in_the_middle_gives_back_what_lies_behind(cluster: Cluster, work:
     wait_until(lambda: sum(held(cluster)) == sum(before) + 5 * CHUNK + 2 * BLOCK, DEADLINE_S)
 
 
-def test_df_follows(mount: Mount, work: Path) -> None:
-    def free() -> int:
-        found = os.statvfs(mount.mountpoint)
-        return found.f_bfree * found.f_frsize
-
-    before, path = free(), work / "file"
-    path.write_bytes(os.urandom(64 * MIB))
-    assert free() < before - 32 * MIB  # others use the disk too: half of it is proof enough
-    path.unlink()
-    wait_until(lambda: free() > before - 32 * MIB, DEADLINE_S)
-
-
 # ── old bytes ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -275,11 +263,6 @@ DISK = 64 * MIB
 INODES = 512
 
 
-def mount_tmpfs(path: Path) -> None:
-    """Make a small disk of which all is for data."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK},mode=700", "tmpfs", str(path)], check=True)
-
-
 def mount_few_inodes(path: Path) -> None:
     """Make a small disk that has room for few files."""
     image = path.with_suffix(".image")
@@ -290,24 +273,10 @@ def mount_few_inodes(path: Path) -> None:
     path.chmod(0o700)
 
 
-@contextlib.contextmanager
-def cluster_on(mount_disk: Callable[[Path], None], planted: str = "") -> Iterator[Cluster]:
-    """Run a cluster whose daemons have small disks of their own."""
-    with contextlib.ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchfs-test-")))
-        cluster = Cluster(directory, DAEMONS, chunk_size=CHUNK, planted=planted)
-        for number in range(DAEMONS):
-            path = cluster.data_dir(number)
-            path.mkdir(mode=0o700)
-            mount_disk(path)
-            stack.callback(subprocess.run, ["umount", "-l", str(path)], check=True)
-        yield stack.enter_context(cluster)
-
-
 @pytest.fixture
 def small() -> Iterator[Cluster]:
     """Run a cluster on small disks."""
-    with cluster_on(mount_tmpfs) as cluster:
+    with running_cluster(DAEMONS, chunk_size=CHUNK, make_disk=tmpfs_of(DISK)) as cluster:
         yield cluster
 
 
@@ -322,6 +291,20 @@ def fill(path: Path, flags: int = 0, number: int = errno.ENOSPC) -> int:
         with contextlib.suppress(OSError):  # what gathered bytes failed with is said once more
             os.fsync(fd)
     return taken
+
+
+def test_df_follows(small: Cluster) -> None:
+    mountpoint = small.mount().mountpoint
+
+    def free() -> int:
+        found = os.statvfs(mountpoint)
+        return found.f_bfree * found.f_frsize
+
+    before, path = free(), mountpoint / "file"
+    path.write_bytes(os.urandom(32 * MIB))
+    assert before - 33 * MIB < free() <= before - 32 * MIB
+    path.unlink()
+    wait_until(lambda: free() > before - MIB, DEADLINE_S)
 
 
 def test_df_adds_up_different_file_systems(small: Cluster) -> None:
@@ -355,7 +338,7 @@ def test_a_quota_that_is_reached(flags: int) -> None:
     (They lack QFMT_V2 and XFS_QUOTA.) So everything but the kernel's own count is real, from the call to the disk up to
     the caller.
     """
-    with cluster_on(mount_tmpfs, planted="quota") as cluster:
+    with running_cluster(DAEMONS, chunk_size=CHUNK, make_disk=tmpfs_of(DISK), planted="quota") as cluster:
         fill_and_make_room(cluster, flags, errno.EDQUOT, QUOTA)
 
 
@@ -414,7 +397,7 @@ def make(path: Path) -> bool:
 
 
 def test_inodes_that_are_used_up() -> None:
-    with cluster_on(mount_few_inodes) as cluster:
+    with running_cluster(DAEMONS, chunk_size=CHUNK, make_disk=mount_few_inodes) as cluster:
         top = cluster.mount().mountpoint
         (top / "precious").write_bytes(b"precious" * CHUNK)
         names = itertools.count()
