@@ -65,7 +65,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Hear that from a process that has ended; one that crashed says nothing."""
-    node.config.stash[_left_out] = getattr(node, "workeroutput", {}).get(_LEFT_OUT, 0)
+    left_out = getattr(node, "workeroutput", {}).get(_LEFT_OUT, 0)
+    node.config.stash[_left_out] = max(left_out, node.config.stash.get(_left_out, 0))
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from typing import cast
 import msgspec
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 from whole import CHUNK, Client, Whole, whole_cluster
 
 from benchfs_fuse.chunks.faulty import Rates
@@ -1237,6 +1237,53 @@ async def test_a_write_is_behind_a_truncation_under_way_as_a_whole() -> None:
             await wait_all_tasks_blocked()
             go_on.set()
         assert await file.read(2 * CHUNK, 0) == b"b" * 2 * CHUNK
+        await file.close()
+
+
+@pytest.mark.parametrize("flags", [os.O_RDWR, os.O_RDWR | os.O_DIRECT], ids=["gathered", "direct"])
+@pytest.mark.parametrize("how", ["fails", "is given up"])
+async def test_what_is_written_behind_a_truncation_that_did_not_end_well_is_kept(
+    how: str, flags: int, autojump_clock: MockClock
+) -> None:
+    async with whole_cluster(2) as whole, whole.client() as one, trio.open_nursery() as nursery:
+        file = await one.fs.open("/f", flags | os.O_CREAT)
+        await file.write(b"a" * 4 * CHUNK, 0)
+        await file.fsync()
+        home = whole.cluster.daemons[whole.cluster.shard_map.of_ino(file.ino)]
+        elsewhere = whole.cluster.daemons[1 - home.daemon_id]
+        trim = whole.service(elsewhere).chunks.handlers()[TrimChunks]
+        came, go_on = trio.Event(), trio.Event()
+
+        async def later(request: Request, call: Call) -> Body:
+            if how == "fails" and not came.is_set():
+                came.set()
+                raise StorageError("the test says so")
+            came.set()
+            await go_on.wait()
+            return await trim(request, call)
+
+        elsewhere.server.register({TrimChunks: later})
+        if how == "fails":
+            with pytest.raises(StorageError):
+                await file.truncate(0)
+        else:
+            async with trio.open_nursery() as caller:
+                caller.start_soon(file.truncate, 0)
+                await came.wait()
+                caller.cancel_scope.cancel()
+        written = trio.Event()
+
+        async def write() -> None:
+            await file.write(b"b" * 4 * CHUNK, 0)
+            await file.fsync()
+            written.set()
+
+        nursery.start_soon(write)
+        await wait_all_tasks_blocked()
+        assert not written.is_set()
+        go_on.set()
+        await written.wait()
+        assert await file.read(4 * CHUNK, 0) == b"b" * 4 * CHUNK
         await file.close()
 
 

@@ -1256,6 +1256,49 @@ async def test_a_daemon_that_cannot_trim_fails_the_client_at_once_and_is_asked_a
         cluster.check()
 
 
+async def test_a_store_that_fails_at_the_end_of_a_truncation_fails_the_client_at_once(
+    autojump_clock: MockClock,
+) -> None:
+    async with cluster_of(2) as cluster:
+        ino = await cluster.create(ROOT_INO, b"file")
+        await cluster.write(ino, 6 * CHUNK)
+        writes = 0
+
+        def fail(number: int) -> None:
+            nonlocal writes
+            writes += 1
+            if 2 <= writes < 10:
+                raise StorageError("the test says so")
+
+        cluster.home(ino).store.before_write = fail
+        assert await refusal(cluster, SetAttr(ino, size=0)) == "EIO"
+        assert writes == 2
+        assert (await cluster.ask(CommitWrite(ino, 5, 5))).attrs.size == 5
+        assert writes > 10
+        await cluster.wait_idle()
+        cluster.check()
+
+
+async def test_a_truncation_leaves_no_reach_and_shows_more_space_as_a_change() -> None:
+    async with cluster_of(2) as cluster:
+        ino = await cluster.create(ROOT_INO, b"file")
+        for index in range(3):
+            cluster.write_chunk(cluster.attrs(ino), index, CHUNK)
+        await cluster.ask(CommitWrite(ino, 3 * CHUNK, 10))  # counts less than there is
+        during = []
+
+        async def gate(source: int, target: int, request: Request) -> None:
+            if isinstance(request, TrimChunks):
+                during.append(cluster.attrs(ino))
+
+        cluster.gate = gate
+        done = (await cluster.ask(SetAttr(ino, size=CHUNK))).attrs
+        assert (during[0].size, during[0].allocated, done.allocated) == (CHUNK, 10, CHUNK)
+        assert done.version > during[0].version
+        inode = cluster.inode(ino)
+        assert inode is not None and inode.reach == 0
+
+
 async def test_a_truncation_whose_client_went_away_is_finished() -> None:
     async with cluster_of(2) as cluster:
         ino = await cluster.create(ROOT_INO, b"file")

@@ -12,7 +12,7 @@ from trio.testing import wait_all_tasks_blocked
 from whole import CHUNK, Client, Whole, whole_cluster
 
 from benchfs_fuse.model import ROOT_INO, DaemonId
-from benchfs_fuse.rpc.messages import Body, Done, Finish, Request, SyncChunks, TrimChunks
+from benchfs_fuse.rpc.messages import Body, Done, Finish, Request, SetAttr, SyncChunks, TrimChunks
 from benchfs_fuse.services.calls import Call
 
 
@@ -131,6 +131,30 @@ async def test_the_retry_of_a_truncation_cuts_nothing_and_ends_behind_it(restart
         assert sorted(ended) == ["grow", "truncate"]
         assert (await two.fs.stat("/f")).size == 3 * CHUNK
         assert await file.read(2 * CHUNK, 0) == b"a" * CHUNK + b"b" * CHUNK
+        await file.close()
+
+
+async def test_the_retry_of_another_change_does_not_wait_for_a_truncation() -> None:
+    async with whole_cluster(2) as whole, whole.client() as one, trio.open_nursery() as nursery:
+        file = await one.fs.open("/f", os.O_RDWR | os.O_CREAT)
+        await file.write(b"a" * 4 * CHUNK, 0)
+        await file.fsync()
+        home = whole.cluster.daemons[whole.cluster.shard_map.of_ino(file.ino)]
+        elsewhere = whole.cluster.daemons[1 - home.daemon_id]
+        came, go_on = trio.Event(), trio.Event()
+        trim = whole.service(elsewhere).chunks.handlers()[TrimChunks]
+
+        async def later(request: Request, call: Call) -> Body:
+            came.set()
+            await go_on.wait()
+            return await trim(request, call)
+
+        elsewhere.server.register({TrimChunks: later})
+        nursery.start_soon(file.truncate, 0)
+        await came.wait()
+        await whole.service(home).metadata.wait_done(SetAttr(file.ino, mode=0o600))
+        go_on.set()
+        await wait_all_tasks_blocked()
         await file.close()
 
 

@@ -187,6 +187,8 @@ class _Node:
         self.being_synced: set[int] = set()
         #: The daemons may hold parts of dropped bytes behind the size, or more than was counted.
         self.doubtful = False
+        #: A truncation of ours failed or was given up: it may go on, and take what is written meanwhile.
+        self.cutting = False
         #: The daemon has restarted and does not know the inode any more.
         self.lost = False
         #: Set when the touch under way has ended.
@@ -301,9 +303,13 @@ class Files:
                 await self._quiet(node)
             if size is not None and ino in self._opens:
                 await self._wait_fenced()
+            if node is not None and size is not None:
+                node.cutting = True
             attrs = await self.namespace.setattr(
                 ino, mode=mode, uid=uid, gid=gid, size=size, atime_ns=atime_ns, mtime_ns=mtime_ns, taken=taken
             )
+            if node is not None and size is not None:
+                node.cutting = False
         finally:
             if node is not None:
                 node.order.release()
@@ -600,7 +606,7 @@ class Files:
             await self.drop_privileges(handle, who)
         if not self._gather or handle.flags & os.O_DIRECT or length > RUN_MAX:
             # Behind a truncation or a hole under way; those that come later wait for what is begun here.
-            await _acquire(node.order)
+            await self._turn(node)
             node.placed = True
             node.order.release()
             try:
@@ -609,7 +615,7 @@ class Files:
                 node.doubtful = True
                 raise
         else:
-            await _acquire(node.order)
+            await self._turn(node)
             node.placed = True
             try:
                 await node.writing.accept(offset, data if isinstance(data, bytes) else bytes(data))
@@ -617,6 +623,20 @@ class Files:
                 node.order.release()
         self._note_dirty(node)
         return length
+
+    async def _turn(self, node: _Node) -> None:
+        """Take ``order``, behind the end of a truncation of ours that failed or was given up."""
+        await _acquire(node.order)
+        if not node.cutting:
+            return
+        try:
+            # Nothing is reserved at the end; but the daemon answers when nothing is being cut off any more.
+            reply = await self.namespace.link_of(node.ino).call(Append(node.ino, 0, 0), AppendReply)
+            self.known.see(reply.attrs)
+            node.cutting = False
+        except BaseException:
+            node.order.release()
+            raise
 
     async def _append(self, handle: Handle, data: memoryview, who: Who | None) -> None:
         """Reserve a range at the end of the file, then write it. Bytes that could not be written read as zeros."""
@@ -711,7 +731,7 @@ class Files:
             raise NotSupported(f"fallocate with mode {mode:#x}")
         self._check_writable(handle)
         _check_range(offset, length)
-        await _acquire(node.order)
+        await self._turn(node)
         try:
             if node.dirty:
                 await self._flush(node)
@@ -776,7 +796,7 @@ class Files:
             raise InvalidArgument(f"copying {length} bytes from {offset} to {target_offset}")
         if here.dirty:
             await self._flush(here)
-        await _acquire(there.order)
+        await self._turn(there)
         try:
             if there.dirty:
                 await self._flush(there)

@@ -267,7 +267,7 @@ class MetadataService:
     async def wait_done(self, request: Request) -> None:
         """Wait until every daemon has done its part of a request whose outcome an earlier incarnation recorded."""
         await self._transactions.wait_told()
-        if isinstance(request, SetAttr):
+        if isinstance(request, SetAttr) and request.size is not None:
             await self._truncations.wait_cut(request.ino)
 
     async def wait_idle(self) -> None:

@@ -88,7 +88,7 @@ class Truncations:
     async def truncate(self, request: SetAttr, call: Call) -> Body:
         """Change attributes, the size to a smaller one among them. It goes on if cancelled.
 
-        An error of a daemon is the client's at once; the chunks are tried again behind its back until they have gone.
+        An error of a daemon is the client's at once; it is tried again behind the client's back until it is done.
         """
         wanted = {disk.key(disk.TRUNCATING, request.ino): True}
         await self._locks.acquire(wanted)
@@ -183,7 +183,12 @@ class Truncations:
                     draft.stamp(inode)
                 inode.allocated, inode.reach = left, 0
                 draft.changed(inode)
-            draft.write()
+            try:
+                draft.write()
+            except FsError as error:
+                if waiter is not None:
+                    waiter.answer(error)
+                raise
             if waiter is not None:
                 waiter.answer(Stale(f"inode {ino} has gone") if inode is None else inode.attrs())
 
