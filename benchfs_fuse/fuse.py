@@ -165,13 +165,17 @@ class _Told:
         "attrs_epoch",
         "data_epoch",
         "drops",
+        "epoch",
         "gone",
         "permissions",
         "place",
         "removed",
+        "version",
     )
 
     def __init__(self) -> None:
+        #: Version and epoch of the inode when they were last looked at; see ``_epoch``.
+        self.version = self.epoch = 0
         #: Epoch of the attributes that it has (0: unknown).
         self.attrs_epoch = 0
         #: Epoch than which none of the file data that it has is older (0: it has none).
@@ -286,7 +290,7 @@ class BenchfsOperations(pyfuse3.Operations):
     def _remember(self, attrs: Attrs, place: tuple[int, bytes] | None) -> None:
         """Remember that the kernel is told of an inode: it will say when it has forgotten that."""
         told = self._told_of(attrs.ino)
-        told.attrs_epoch = epoch = self._files.known.epoch(attrs.ino)
+        told.attrs_epoch = epoch = self._epoch(attrs.ino)
         told.permissions = attrs.mode, attrs.uid, attrs.gid
         if told.data_epoch not in (0, epoch, ANY_EPOCH):
             if self._granted(CAP_EXPLICIT_INVAL_DATA):
@@ -324,7 +328,7 @@ class BenchfsOperations(pyfuse3.Operations):
         told = self._told.get(attrs.ino)
         if (
             told is not None
-            and told.data_epoch not in (0, self._files.known.epoch(attrs.ino))
+            and told.data_epoch not in (0, self._epoch(attrs.ino))
             and self._granted(CAP_EXPLICIT_INVAL_DATA)
         ):
             await self._drop_data(attrs.ino)
@@ -337,7 +341,7 @@ class BenchfsOperations(pyfuse3.Operations):
         In a thread: the kernel waits for requests under way, which may need this event loop. Whoever is interrupted in
         waiting for this leaves the data in doubt.
         """
-        told, epoch = self._told_of(ino), self._files.known.epoch(ino)
+        told, epoch = self._told_of(ino), self._epoch(ino)
         told.data_epoch = ANY_EPOCH
         told.drops += 1
         drop = told.drops
@@ -349,6 +353,21 @@ class BenchfsOperations(pyfuse3.Operations):
         """Have the kernel drop data when it has taken the answer that is being given."""
         await trio.sleep(TAKEN_S)
         await self._drop_data(ino)
+
+    def _epoch(self, ino: int) -> int:
+        """Return the epoch of an inode, 0 if nothing is remembered.
+
+        There are more inodes that the kernel knows than are remembered. One that was forgotten, and has not changed
+        since, has its epoch still: else the kernel would be told to drop all its data.
+        """
+        known, told = self._files.known, self._told.get(ino)
+        attrs = known.get(ino)
+        if told is None or attrs is None:
+            return known.epoch(ino)
+        if attrs.version == told.version:
+            known.resume(ino, told.epoch)
+        told.version, told.epoch = attrs.version, known.epoch(ino)
+        return told.epoch
 
     def _told_of(self, ino: int) -> _Told:
         told = self._told.get(ino)
@@ -618,7 +637,7 @@ class BenchfsOperations(pyfuse3.Operations):
         told = self._told_of(inode)
         if told.place is not None and self._held.get(told.place) == inode:
             del self._held[told.place]
-        epoch = self._files.known.epoch(inode)
+        epoch = self._epoch(inode)
         if told.attrs_epoch != epoch:
             _invalidate_attrs(inode)
             told.attrs_epoch = epoch
@@ -715,7 +734,7 @@ class BenchfsOperations(pyfuse3.Operations):
                 raise
             raise Stale("made elsewhere meanwhile") from None
         entry = self._new(parent_inode, name, handle.node.attrs)
-        self._told_of(handle.ino).data_epoch = 0 if handle.append else self._files.known.epoch(handle.ino)
+        self._told_of(handle.ino).data_epoch = 0 if handle.append else self._epoch(handle.ino)
         return self._file_info(handle, keep_cache=True), entry
 
     def _file_info(self, handle: Handle, keep_cache: bool) -> FileInfo:
@@ -853,6 +872,7 @@ class BenchfsOperations(pyfuse3.Operations):
                     await self._files.settle(handle)
         finally:
             await self._files.release(handle)
+        self._epoch(handle.ino)  # as of what was written through it
 
     async def begin_lock(self, fh: int, owner: int, kind: LockKind) -> None:
         """Take note of who is about to lock through a handle, behind what he is giving back. BadHandle.
@@ -872,7 +892,7 @@ class BenchfsOperations(pyfuse3.Operations):
         except FsError as error:  # the lock is there; what cannot be asked has changed
             log.info("inode %d: not known whether it changed elsewhere: %s", ino, error)
             told.data_epoch = ANY_EPOCH
-        epoch = self._files.known.epoch(ino)
+        epoch = self._epoch(ino)
         if told.data_epoch != epoch:
             await self._drop_data(ino)
             told.attrs_epoch = 0
@@ -977,7 +997,7 @@ class BenchfsOperations(pyfuse3.Operations):
         if attrs is not None and not attrs.xattrs:
             self.absent_known += 1
             raise NoAttribute(str(name))
-        told, epoch = self._told_of(inode), self._files.known.epoch(inode)
+        told, epoch = self._told_of(inode), self._epoch(inode)
         if told.absent_epoch != epoch:
             told.absent, told.absent_epoch = _NO_NAMES, epoch
         if name in told.absent and epoch:

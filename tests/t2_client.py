@@ -909,6 +909,24 @@ def test_the_epoch_changes_with_changes_of_others_alone() -> None:
     assert known.get(7) is None and known.epoch(7) == 0
 
 
+def test_an_inode_that_was_forgotten_and_has_not_changed_has_its_epoch_still() -> None:
+    known = Known(count_max=2)
+    known.see(_attrs(1))
+    first = known.epoch(7)
+    for ino in (8, 9):
+        known.see(msgspec.structs.replace(_attrs(1), ino=ino))
+    known.resume(7, first)
+    assert known.epoch(7) == 0
+    known.see(_attrs(1))
+    assert known.epoch(7) != first
+    known.resume(7, first)
+    assert known.epoch(7) == first
+    known.clear()
+    known.see(_attrs(1))
+    known.resume(7, first)
+    assert known.epoch(7) not in (first, 0)
+
+
 async def test_the_answer_to_what_changes_nothing_shows_changes_of_others() -> None:
     async with whole_cluster(1) as whole, whole.client() as one, whole.client() as two:
         async with await one.fs.open("/f", RW) as file:

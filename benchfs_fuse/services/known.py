@@ -9,6 +9,7 @@ the same, what a kernel cached of the file's data is still right.
 
 import math
 import time
+from collections import OrderedDict
 from itertools import count
 
 import msgspec
@@ -34,19 +35,21 @@ class Known:
 
     def __init__(self, count_max: int = KNOWN_MAX) -> None:
         self._count_max = count_max
-        self._facts: dict[int, _Fact] = {}
+        self._facts: OrderedDict[int, _Fact] = OrderedDict()
         self._epochs = count(1)
+        #: Epochs up to this one are of no use any more.
+        self._cleared = 0
 
     def see(self, attrs: Attrs, own: bool = False) -> Attrs:
         """Take attributes that a daemon sent; return the newest ones known of this inode.
 
         ``own``: they answer a change that this process asked for.
         """
-        fact = self._facts.pop(attrs.ino, None)
+        fact = self._facts.get(attrs.ino)
         if fact is None:
             if len(self._facts) >= self._count_max:
-                del self._facts[next(iter(self._facts))]
-            fact = _Fact(attrs, next(self._epochs))
+                self._facts.popitem(last=False)
+            fact = self._facts[attrs.ino] = _Fact(attrs, next(self._epochs))
         elif attrs.version > fact.attrs.version:
             if not own or attrs.version != fact.attrs.version + 1:
                 fact.epoch = next(self._epochs)
@@ -60,7 +63,7 @@ class Known:
             )
         if attrs.version >= fact.attrs.version:
             fact.seen_s = time.monotonic()
-        self._facts[attrs.ino] = fact
+        self._facts.move_to_end(attrs.ino)
         return fact.attrs
 
     def age_s(self, ino: int) -> float:
@@ -85,6 +88,15 @@ class Known:
         fact = self._facts.get(ino)
         return fact.epoch if fact is not None else 0
 
+    def resume(self, ino: int, epoch: int) -> None:
+        """Give an inode the epoch back that it had before it was forgotten, if it has the same version as then.
+
+        Nothing happens if everything was forgotten in between: after a power cut another change may have that version.
+        """
+        fact = self._facts.get(ino)
+        if fact is not None and epoch > self._cleared:
+            fact.epoch = epoch
+
     def forget(self, ino: int) -> None:
         """Forget an inode: it has gone, and nobody will ask for it again."""
         self._facts.pop(ino, None)
@@ -92,3 +104,4 @@ class Known:
     def clear(self) -> None:
         """Forget everything: a daemon was started anew, and may have lost what it had not synced."""
         self._facts.clear()
+        self._cleared = next(self._epochs)
