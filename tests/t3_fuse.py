@@ -28,6 +28,7 @@ from benchfs_fuse.observe import recording
 from benchfs_fuse.observe.statistics import Statistics
 from benchfs_fuse.rpc.messages import GetAttr, GetXattr, Lookup, ReadDir, SyncChunks, SyncMeta, Touch
 from benchfs_fuse.services import namespace
+from benchfs_fuse.services.known import Known
 
 
 class Caller(NamedTuple):
@@ -1068,3 +1069,24 @@ async def test_lookups_are_one_request() -> None:
         whole.network.calls.clear()
         await ops.lookup(1, b"f", CTX)
         assert whole.network.calls == {Lookup.op: 1}
+
+
+async def test_data_is_kept_of_what_was_forgotten_and_has_not_changed(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BenchfsOperations, "_granted", lambda ops, capability: True)
+    async with whole_cluster(2) as whole, operations(whole) as (ops, client, _), whole.client() as other:
+        client.files.known = Known(count_max=2)
+        inos = []
+        for number in range(6):
+            info, entry = await ops.create(1, b"%d" % number, 0o600, os.O_RDWR, ROOT_CTX)
+            await ops.write(info.fh, 0, b"content")
+            await ops.flush(info.fh)
+            await ops.release(info.fh)
+            inos.append(entry.st_ino)
+        await other.fs.setattr("/3", size=4)
+        kernel.invalidated.clear()
+        for ino in inos:
+            assert client.files.known.get(ino) is None or ino in inos[-2:]
+            await ops.getattr(ino, ROOT_CTX)
+        assert kernel.invalidated == [(inos[3], False)]
