@@ -1267,20 +1267,7 @@ async def test_what_is_written_behind_a_truncation_that_did_not_end_well_is_kept
         file = await one.fs.open("/f", flags | os.O_CREAT)
         await file.write(b"a" * 4 * CHUNK, 0)
         await file.fsync()
-        home = whole.cluster.daemons[whole.cluster.shard_map.of_ino(file.ino)]
-        elsewhere = whole.cluster.daemons[1 - home.daemon_id]
-        trim = whole.service(elsewhere).chunks.handlers()[TrimChunks]
-        came, go_on = trio.Event(), trio.Event()
-
-        async def later(request: Request, call: Call) -> Body:
-            if how == "fails" and not came.is_set():
-                came.set()
-                raise StorageError("the test says so")
-            came.set()
-            await go_on.wait()
-            return await trim(request, call)
-
-        elsewhere.server.register({TrimChunks: later})
+        came, go_on = whole.hold_trims(file.ino, StorageError("the test says so") if how == "fails" else None)
         if how == "fails":
             with pytest.raises(StorageError):
                 await file.truncate(0)

@@ -12,7 +12,7 @@ from trio.testing import wait_all_tasks_blocked
 from whole import CHUNK, Client, Whole, whole_cluster
 
 from benchfs_fuse.model import ROOT_INO, DaemonId
-from benchfs_fuse.rpc.messages import Body, Done, Finish, Request, SetAttr, SyncChunks, TrimChunks
+from benchfs_fuse.rpc.messages import Body, Done, Finish, Request, SetAttr, SyncChunks
 from benchfs_fuse.services.calls import Call
 
 
@@ -93,15 +93,8 @@ async def test_the_retry_of_a_truncation_cuts_nothing_and_ends_behind_it(restart
         await file.write(b"a" * 4 * CHUNK, 0)
         await file.fsync()
         home = whole.cluster.daemons[whole.cluster.shard_map.of_ino(file.ino)]
-        elsewhere = whole.cluster.daemons[1 - home.daemon_id]
-        trim = whole.service(elsewhere).chunks.handlers()[TrimChunks]
-        came, go_on = trio.Event(), trio.Event()
+        came, go_on = whole.hold_trims(file.ino)
         ended = []
-
-        async def later(request: Request, call: Call) -> Body:
-            came.set()
-            await go_on.wait()
-            return await trim(request, call)
 
         async def cut() -> None:
             await file.truncate(CHUNK)
@@ -113,7 +106,6 @@ async def test_the_retry_of_a_truncation_cuts_nothing_and_ends_behind_it(restart
             await two.fs.setattr("/f", size=3 * CHUNK)
             ended.append("grow")
 
-        elsewhere.server.register({TrimChunks: later})
         nursery.start_soon(cut)
         await came.wait()
         nursery.start_soon(grow)
@@ -140,16 +132,7 @@ async def test_the_retry_of_another_change_does_not_wait_for_a_truncation() -> N
         await file.write(b"a" * 4 * CHUNK, 0)
         await file.fsync()
         home = whole.cluster.daemons[whole.cluster.shard_map.of_ino(file.ino)]
-        elsewhere = whole.cluster.daemons[1 - home.daemon_id]
-        came, go_on = trio.Event(), trio.Event()
-        trim = whole.service(elsewhere).chunks.handlers()[TrimChunks]
-
-        async def later(request: Request, call: Call) -> Body:
-            came.set()
-            await go_on.wait()
-            return await trim(request, call)
-
-        elsewhere.server.register({TrimChunks: later})
+        came, go_on = whole.hold_trims(file.ino)
         nursery.start_soon(file.truncate, 0)
         await came.wait()
         await whole.service(home).metadata.wait_done(SetAttr(file.ino, mode=0o600))

@@ -60,6 +60,12 @@ def daemon_id(cluster: Cluster, number: int) -> int:
     return found
 
 
+def held_bytes(cluster: Cluster) -> int:
+    """Return what chunk files take on the disks of the daemons."""
+    chunks = (path for number in range(DAEMONS) for path in (cluster.data_dir(number) / "chunks").glob("*/*"))
+    return sum(path.stat().st_blocks * 512 for path in chunks)
+
+
 def chunk_files(cluster: Cluster, ino: int) -> list[tuple[int, int, Path]]:
     """Return index, daemon and path of the chunk files of an inode, in order."""
     return sorted(
@@ -177,6 +183,7 @@ def test_orphans_are_named_and_repair_frees_their_space(cluster: Cluster) -> Non
     assert by_problem["wrong count of entries"]["path"] == "/work"
     assert by_problem["record without an owner"]["category"] == "leaked"
     assert len(found) == 5
+    before = held_bytes(cluster)
     repaired = findings(mountpoint, "--repair", code=4)
     assert [one["problem"] for one in repaired if not one["removed"]] == ["wrong count of entries"]
     assert all(one["error"] is None for one in repaired)
@@ -186,6 +193,7 @@ def test_orphans_are_named_and_repair_frees_their_space(cluster: Cluster) -> Non
         cluster.restart_daemon(number)
     assert [one["problem"] for one in findings(mountpoint, code=4)] == ["wrong count of entries"]
     assert chunk_files(cluster, ino) == []
+    assert held_bytes(cluster) <= before - 40 * CHUNK_SIZE_MIN
 
 
 @pytest.mark.slow

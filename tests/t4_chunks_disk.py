@@ -22,7 +22,7 @@ from benchfs_fuse.chunks.uring import PLAIN_LENGTH_MAX, ProbeResult, Ring
 from benchfs_fuse.errors import NoSpace, NotSupported, QuotaExceeded, StorageError, UserError
 from benchfs_fuse.kv.memory import MemoryStore
 from benchfs_fuse.kv.rocks import RocksStore
-from benchfs_fuse.limits import CHUNK_SIZE_MAX, FILES_OPEN_MAX
+from benchfs_fuse.limits import FILES_OPEN_MAX
 from benchfs_fuse.model import ChunkId, DataRange
 from benchfs_fuse.ports import Buffer, KeyValueStore
 
@@ -621,15 +621,6 @@ async def test_space_is_really_reserved_and_freed(tmp_path: Path) -> None:
         assert path.read_bytes() == bytes(256 * BLOCK)
 
 
-async def test_a_reservation_does_not_take_the_reserve(tmp_path: Path) -> None:
-    space = os.statvfs(tmp_path)
-    free = space.f_bavail * space.f_frsize
-    async with opened(tmp_path, reserve=free - 64 * BLOCK) as (store, _):
-        with pytest.raises(NoSpace):
-            await store.allocate(CHUNK, 0, CHUNK_SIZE_MAX)  # so much nobody else gives back meanwhile
-        assert await content(store) == b"" and not files(tmp_path)
-
-
 class Disk(NamedTuple):
     """Be a disk of ``size`` bytes, as statvfs(3) tells of one, that holds nothing but a directory's files."""
 
@@ -639,6 +630,14 @@ class Disk(NamedTuple):
     def statvfs(self, path: object) -> os.statvfs_result:
         free = (self.size - sum(taken(file) for file in files(self.directory))) // BLOCK
         return os.statvfs_result((BLOCK, BLOCK, self.size // BLOCK, free, free, 0, 0, 0, 0, 255))
+
+
+async def test_a_reservation_does_not_take_the_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "statvfs", Disk(tmp_path, 2000 * BLOCK).statvfs)
+    async with opened(tmp_path, reserve=(2000 - 64) * BLOCK) as (store, _):
+        with pytest.raises(NoSpace):
+            await store.allocate(CHUNK, 0, 1024 * BLOCK)
+        assert await content(store) == b"" and not files(tmp_path)
 
 
 @pytest.mark.parametrize("call", ["write", "allocate", "both"])

@@ -10,14 +10,15 @@ import trio
 from benchfs_fuse.chunks.faulty import FaultyChunkStore
 from benchfs_fuse.chunks.memory import MemoryChunkStore, MemoryInspector
 from benchfs_fuse.client import FileSystem
+from benchfs_fuse.errors import FsError
 from benchfs_fuse.limits import CHUNK_SIZE_MIN
 from benchfs_fuse.model import ClientId
 from benchfs_fuse.ports import KeyValueStore
 from benchfs_fuse.rpc.client import Links
 from benchfs_fuse.rpc.memory import MemoryNetwork, MemoryNode
-from benchfs_fuse.rpc.messages import OpenCount, Request
+from benchfs_fuse.rpc.messages import Body, OpenCount, Request, TrimChunks
 from benchfs_fuse.rpc.server import AsyncHandler, SyncHandler
-from benchfs_fuse.services.calls import Peers
+from benchfs_fuse.services.calls import Call, Peers
 from benchfs_fuse.services.chunkserver import ChunkServer
 from benchfs_fuse.services.file_locks import FileLocks, open_locks
 from benchfs_fuse.services.files import Files, open_files
@@ -107,6 +108,27 @@ class Whole:
         daemon.server.register(metadata.inspection(self.chunks[daemon.daemon_id], inspector).handlers())
         daemon.server.register(metadata.recounting(inspector).handlers())
         return WholeService(metadata, chunks)
+
+    def hold_trims(self, ino: int, first: FsError | None = None) -> tuple[trio.Event, trio.Event]:
+        """Of two daemons, let the one without the inode cut nothing before the second event; the first: it was asked.
+
+        The first time it answers with ``first``, if that is given.
+        """
+        home = self.cluster.shard_map.of_ino(ino)
+        (elsewhere,) = (daemon for daemon in self.cluster.daemons if daemon.daemon_id != home)
+        trim = self.service(elsewhere).chunks.handlers()[TrimChunks]
+        came, go_on = trio.Event(), trio.Event()
+
+        async def later(request: Request, call: Call) -> Body:
+            again = came.is_set()
+            came.set()
+            if first is not None and not again:
+                raise first
+            await go_on.wait()
+            return await trim(request, call)
+
+        elsewhere.server.register({TrimChunks: later})
+        return came, go_on
 
     def service(self, daemon: MemoryDaemon) -> WholeService:
         """Return what a daemon serves."""
