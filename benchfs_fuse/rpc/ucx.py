@@ -814,7 +814,7 @@ class UcxChannel:
 
         Polling takes the events that the task's file descriptor was to tell: it has to be armed again. Where that does
         not succeed, the task is woken as if the descriptor were to be closed: a cancel scope for each sleep would cost
-        a tenth of a small request.
+        a sixteenth of a small request.
         """
         if not self._asleep or self._failed or self._ending is not None:
             return

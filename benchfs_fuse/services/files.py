@@ -303,13 +303,14 @@ class Files:
                 await self._quiet(node)
             if size is not None and ino in self._opens:
                 await self._wait_fenced()
-            if node is not None and size is not None:
-                node.cutting = True
+            resized = node if size is not None else None
+            if resized is not None:
+                resized.cutting = True
             attrs = await self.namespace.setattr(
                 ino, mode=mode, uid=uid, gid=gid, size=size, atime_ns=atime_ns, mtime_ns=mtime_ns, taken=taken
             )
-            if node is not None and size is not None:
-                node.cutting = False
+            if resized is not None:
+                resized.cutting = False
         finally:
             if node is not None:
                 node.order.release()

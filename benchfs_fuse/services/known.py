@@ -89,7 +89,7 @@ class Known:
         return fact.epoch if fact is not None else 0
 
     def resume(self, ino: int, epoch: int) -> None:
-        """Give an inode the epoch back that it had before it was forgotten, if it has the same version as then.
+        """Give an inode the epoch back that it had before it was forgotten, as it has the same version as then.
 
         Nothing happens if everything was forgotten in between: after a power cut another change may have that version.
         """
