@@ -40,9 +40,12 @@ def mount(cluster: Cluster) -> Mount:
 
 
 @pytest.fixture
-def work(mount: Mount) -> Iterator[Path]:
+def work(cluster: Cluster, mount: Mount) -> Iterator[Path]:
+    """Yield an empty directory, and leave no chunk of it behind: the next test begins with what it holds by itself."""
+    before = held(cluster)
     with tempfile.TemporaryDirectory(dir=mount.mountpoint) as path:
         yield Path(path)
+    wait_until(lambda: held(cluster) == before, DEADLINE_S)
 
 
 def check_stores(cluster: Cluster) -> None:
