@@ -180,6 +180,7 @@ async def serve(
             listed,
             metadata.orphans,
             metadata.to_drop,
+            inspector.to_remove,
             metadata.prepared,
             server.requests,
             chunk_server.bytes_read,

@@ -160,6 +160,11 @@ class ChunkInspector(Protocol):
     #: Directories of chunk files; 0: there are none.
     folders: int
 
+    @property
+    def to_remove(self) -> int:
+        """Return how many files of dropped chunks are still to be removed, but for those that could not be."""
+        ...
+
     async def page(self, start: ChunkId) -> list[ChunkState]:
         """Return some of the chunks from ``start`` on, in order; an empty list: there are no more."""
         ...

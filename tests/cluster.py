@@ -14,13 +14,22 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchfs_fuse import kernel_mounts
+from fsck import complaints_on_disk
+from posix_help import wait_until
+
+from benchfs_fuse import control, kernel_mounts
+from benchfs_fuse.layout import ShardMap
 from benchfs_fuse.limits import CHUNK_SIZE_DEFAULT
 from benchfs_fuse.registry import init_registry
+from benchfs_fuse.rpc.messages import BEHIND_REPLIES
 
 #: Seconds that a process gets to end by itself before it is killed.
 LEAVE_S = 20.0
+#: Seconds for a mount to say how it is, and for daemons to finish what is left to do behind their replies.
+ANSWER_S = 60.0
+REST_S = 60.0
 
 
 _libc = ctypes.CDLL(None)
@@ -133,6 +142,17 @@ class Mount(Process):
         self.free()
         return code
 
+    def report(self) -> control.Report:
+        """Return what the mount says of itself and of the daemons."""
+        record = control.read_record(self.mountpoint)
+        assert record is not None
+        *_, report = control.ask(record, control.Question("status"), ANSWER_S)
+        return report
+
+    def statuses(self) -> list[dict[str, Any]]:
+        """Return what the daemons say of themselves, of those that answer."""
+        return [daemon.status for daemon in self.report().daemons if daemon.status is not None]
+
 
 class Cluster:
     """Be one cluster in ``directory``. A context manager. ``planted``: what is wrong with its daemons."""
@@ -188,6 +208,20 @@ class Cluster:
         self.mounts.append(mount)
         mount.wait_ready()
         return mount
+
+    def at_rest(self, mount: Mount) -> bool:
+        """Tell, as a mount hears it, whether the daemons have nothing left to do and no unlinked file is open."""
+        found = mount.statuses()
+        return len(found) == self._daemon_count and not any(one[what] for one in found for what in BEHIND_REPLIES)
+
+    def end(self) -> list[str]:
+        """Wait for rest, stop everything in order, and return what is not right in the stores."""
+        mount = next((mount for mount in self.mounts if mount.alive), None) or self.mount()
+        wait_until(lambda: self.at_rest(mount), REST_S)
+        for process in [*self.mounts, *self.daemons]:
+            assert process.stop() is not None, "had to be killed"
+        data_dirs = [self.data_dir(number) for number in range(self._daemon_count)]
+        return complaints_on_disk(data_dirs, ShardMap.round_robin(self._daemon_count))
 
     def close(self) -> None:
         """Take everything away but the directory."""

@@ -29,6 +29,7 @@ from benchfs_fuse.client import File, FileSystem, open_cluster
 from benchfs_fuse.errors import FsError, StorageError
 from benchfs_fuse.limits import CHUNK_SIZE_MIN
 from benchfs_fuse.model import ROOT_INO
+from benchfs_fuse.rpc.messages import BEHIND_REPLIES
 
 TASKS = 4
 #: Names of one task at most; directories of one task at most.
@@ -44,7 +45,7 @@ PUNCH = 3
 #: Seconds between looks at daemons that have something to do.
 REST_S = 0.05
 #: What a daemon's status says of things that are under way.
-UNDER_WAY = ("grace", "recounting", "orphans", "to_drop", "prepared", "locks")
+UNDER_WAY = (*BEHIND_REPLIES, "locks")
 
 
 def content(number: int, length: int) -> bytes:

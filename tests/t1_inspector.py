@@ -147,9 +147,10 @@ async def test_what_is_still_to_be_removed_is_no_stray(tmp_path: Path) -> None:
             await wait_all_tasks_blocked()
             assert len(list((tmp_path / "chunks" / "05").iterdir())) == STEP_MAX + 5
             assert await inspector.strays(range(16)) == []
+            assert inspector.to_remove == STEP_MAX + 5
             go_on.set()
         with trio.fail_after(10):
-            while store.removed_to < store.table.next_garbage:
+            while inspector.to_remove:
                 await wait_all_tasks_blocked(0.001)
         assert [file.chunk for file in await inspector.strays(range(16))] == [ChunkId(5, 3)]
 

@@ -133,7 +133,7 @@ def path_of(directory: Path, chunk: ChunkId = CHUNK) -> Path:
 async def removed(store: DiskChunkStore) -> None:
     """Wait until the background has tried to remove everything that was dropped."""
     with trio.fail_after(10):
-        while store.removed_to < store.table.next_garbage:
+        while store.to_remove:
             await wait_all_tasks_blocked(0.001)
 
 

@@ -8,17 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cluster import Cluster, Mount, running_cluster, tmpfs_of
 from elsewhere import Elsewhere
-from fsck import complaints_on_disk
 from posix_help import opened, wait_until
 from strain import Strain
 
 from benchfs_fuse import control, mountpoints
-from benchfs_fuse.layout import ShardMap
 from benchfs_fuse.limits import CHUNK_SIZE_MIN, MIB
 from benchfs_fuse.processes import is_defunct
 
@@ -48,21 +45,6 @@ def alone() -> Iterator[Cluster]:
         yield cluster
 
 
-def statuses(mount: Mount) -> list[dict[str, Any]]:
-    """Return what the daemons say of themselves, of those that answer."""
-    record = control.read_record(mount.mountpoint)
-    assert record is not None
-    *_, report = control.ask(record, control.Question("status"), DEADLINE_S)
-    return [daemon.status for daemon in report.daemons if daemon.status is not None]
-
-
-def at_rest(mount: Mount) -> bool:
-    """Tell whether the daemons have nothing left to do, and nobody has an unlinked file open."""
-    found = statuses(mount)
-    idle = all(one["orphans"] == one["to_drop"] == one["prepared"] == 0 and not one["grace"] for one in found)
-    return idle and len(found) == DAEMONS
-
-
 def held_bytes(cluster: Cluster) -> list[int]:
     """Return what the chunk files of each daemon take on its disk."""
     return [
@@ -73,10 +55,7 @@ def held_bytes(cluster: Cluster) -> list[int]:
 
 def in_flight(mount: Mount) -> bool:
     """Tell whether a mount waits for a daemon."""
-    record = control.read_record(mount.mountpoint)
-    assert record is not None
-    *_, report = control.ask(record, control.Question("status"), DEADLINE_S)
-    return any(daemon.in_flight for daemon in report.daemons)
+    return any(daemon.in_flight for daemon in mount.report().daemons)
 
 
 def restart(cluster: Cluster, victims: Sequence[int]) -> None:
@@ -87,13 +66,6 @@ def restart(cluster: Cluster, victims: Sequence[int]) -> None:
         cluster.daemons[number].wait()
     for number in victims:
         cluster.restart_daemon(number)
-
-
-def check_stores(cluster: Cluster) -> None:
-    """Stop everything in order and look into the stores."""
-    for process in [*cluster.mounts, *cluster.daemons]:
-        assert process.stop() is not None, "had to be killed"
-    assert complaints_on_disk([cluster.data_dir(number) for number in range(DAEMONS)], ShardMap.round_robin(2)) == []
 
 
 # ── daemons ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -125,11 +97,11 @@ def test_operations_go_on_when_daemons_are_killed(cluster: Cluster, victims: lis
             restart(cluster, victims)
             strains = [future.result(DEADLINE_S) for future in working]
             assert [strain.done for strain in strains] == [count + STEPS for count in before]
-    wait_until(lambda: at_rest(one), DEADLINE_S)
+    wait_until(lambda: cluster.at_rest(one), DEADLINE_S)
     for mount in (one, two, cluster.mount()):
         for strain in strains:
             strain.check(mount.mountpoint / strain.root.name)
-    check_stores(cluster)
+    assert cluster.end() == []
 
 
 def race(directory: Path, count: int) -> list[int]:
@@ -152,7 +124,7 @@ def test_one_winner_when_daemons_are_killed(cluster: Cluster) -> None:
         won = [future.result(DEADLINE_S) for future in racing]
     assert sorted(won[0] + won[1]) == list(range(count))
     assert len(os.listdir(cluster.mount().mountpoint)) == count
-    check_stores(cluster)
+    assert cluster.end() == []
 
 
 def test_what_was_flushed_survives_the_death_of_all(cluster: Cluster) -> None:
@@ -177,8 +149,8 @@ def test_what_was_flushed_survives_the_death_of_all(cluster: Cluster) -> None:
     assert os.getxattr(second / "sub" / "closed", "user.a") == b"1"
     assert (second / "accepted").read_bytes() == content
     assert (second / "open").read_bytes() == b"\0\0\0after".ljust(CHUNK // 2, b"\0") + content
-    wait_until(lambda: at_rest(mount), DEADLINE_S)
-    check_stores(cluster)
+    wait_until(lambda: cluster.at_rest(mount), DEADLINE_S)
+    assert cluster.end() == []
 
 
 def test_files_without_a_name_outlive_their_daemons(cluster: Cluster) -> None:
@@ -203,9 +175,9 @@ def test_files_without_a_name_outlive_their_daemons(cluster: Cluster) -> None:
         for fd in fds:
             assert holder.run(os.pread, fd, 5, 2 * CHUNK) == b"still"
             assert holder.run(os.pread, fd, len(content), 3 * CHUNK) == content[3 * CHUNK :]
-        assert sum(one["orphans"] for one in statuses(mount)) == 4
-    wait_until(lambda: at_rest(mount) and held_bytes(cluster) == before, DEADLINE_S)
-    check_stores(cluster)
+        assert sum(one["orphans"] for one in mount.statuses()) == 4
+    wait_until(lambda: cluster.at_rest(mount) and held_bytes(cluster) == before, DEADLINE_S)
+    assert cluster.end() == []
 
 
 @pytest.mark.slow
@@ -221,19 +193,19 @@ def test_what_was_closed_while_its_daemon_was_away_is_freed(cluster: Cluster) ->
             daemon.kill()
     for number in range(DAEMONS):
         cluster.restart_daemon(number)
-    wait_until(lambda: at_rest(mount) and held_bytes(cluster) == before, DEADLINE_S)
-    check_stores(cluster)
+    wait_until(lambda: cluster.at_rest(mount) and held_bytes(cluster) == before, DEADLINE_S)
+    assert cluster.end() == []
 
 
 # ── mounts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def ends(mount: Mount, other: Mount) -> Callable[[], bool]:
+def ends(cluster: Cluster, mount: Mount, other: Mount) -> Callable[[], bool]:
     """Return whether the daemons have dealt with the end of a mount, as another one is told."""
 
     def gone() -> bool:
-        return at_rest(other) and all(
-            session["label"] != str(mount.mountpoint) for daemon in statuses(other) for session in daemon["sessions"]
+        return cluster.at_rest(other) and all(
+            session["label"] != str(mount.mountpoint) for daemon in other.statuses() for session in daemon["sessions"]
         )
 
     return gone
@@ -263,7 +235,7 @@ def test_a_killed_mount_gives_everything_back(alone: Cluster) -> None:
         assert sum(held_bytes(alone)) >= sum(before) + 24 * MIB + 16 * CHUNK
         assert os.statvfs(seen).f_bfree < free - 24 * MIB // 4096
         doomed.kill()
-        wait_until(ends(doomed, other), DEADLINE_S)
+        wait_until(ends(alone, doomed, other), DEADLINE_S)
         wait_until(lambda: held_bytes(alone) == before, DEADLINE_S)
         wait_until(lambda: os.statvfs(seen).f_bfree > free - MIB // 4096, DEADLINE_S)
         assert os.pread(mine, 100, 0) == b"untouched"
@@ -276,7 +248,7 @@ def test_a_killed_mount_gives_everything_back(alone: Cluster) -> None:
     assert (seen / "published").read_bytes() == published + bytes(8 * CHUNK)
     os.truncate(seen / "fresh", 8 * CHUNK)
     assert (seen / "fresh").read_bytes() == bytes(8 * CHUNK)
-    check_stores(alone)
+    assert alone.end() == []
 
 
 def test_a_mount_killed_with_its_daemons_gives_everything_back(cluster: Cluster) -> None:
@@ -297,11 +269,11 @@ def test_a_mount_killed_with_its_daemons_gives_everything_back(cluster: Cluster)
         restart(cluster, [0, 1])
         doomed.free()
     other = cluster.mount()
-    wait_until(ends(doomed, other), DEADLINE_S)
+    wait_until(ends(cluster, doomed, other), DEADLINE_S)
     wait_until(lambda: held_bytes(cluster) == before, DEADLINE_S)
     assert sorted(os.listdir(other.mountpoint)) == ["fresh", "kept"]
     assert (other.mountpoint / "fresh").stat().st_size == 0
-    check_stores(cluster)
+    assert cluster.end() == []
 
 
 def test_the_other_mount_does_not_wait_for_a_killed_one(cluster: Cluster) -> None:
@@ -317,8 +289,8 @@ def test_the_other_mount_does_not_wait_for_a_killed_one(cluster: Cluster) -> Non
         shared.unlink()
         assert time.monotonic() - start_s < DEADLINE_S / 4
     doomed.free()
-    wait_until(ends(doomed, other), DEADLINE_S)
-    check_stores(cluster)
+    wait_until(ends(cluster, doomed, other), DEADLINE_S)
+    assert cluster.end() == []
 
 
 def read_at(path: Path, offset: int) -> str:

@@ -14,14 +14,11 @@ import pyfuse3
 import pytest
 from cluster import Cluster, Mount, Process, running_cluster
 from elsewhere import Elsewhere
-from fsck import complaints_on_disk
 from posix_help import wait_until
 from pyfuse3 import RequestContext
 from whole import whole_cluster
 
-from benchfs_fuse import control
 from benchfs_fuse.fuse import BenchfsOperations
-from benchfs_fuse.layout import ShardMap
 from benchfs_fuse.limits import CHUNK_SIZE_MIN, MIB
 from benchfs_fuse.model import Attrs
 from benchfs_fuse.services.known import Known
@@ -50,20 +47,11 @@ def resident(process: Process) -> int:
     return int(match[1]) * 1024
 
 
-def report_of(mount: Mount) -> control.Report:
-    record = control.read_record(mount.mountpoint)
-    assert record is not None
-    *_, report = control.ask(record, control.Question("status"), DEADLINE_S)
-    return report
-
-
-def at_rest(mount: Mount) -> bool:
+def at_rest(cluster: Cluster, mount: Mount) -> bool:
     """Tell whether nothing is open and nobody has anything left to do."""
-    report = report_of(mount)
-    said = [daemon.status for daemon in report.daemons if daemon.status is not None]
+    report = mount.report()
     mine = report.handles == report.files == report.dirty_files == report.accepted_bytes == 0
-    theirs = all(one["orphans"] == one["to_drop"] == one["prepared"] == 0 for one in said)
-    return mine and theirs and len(said) == DAEMONS
+    return mine and cluster.at_rest(mount)
 
 
 def make(directory: Path, count: int) -> None:
@@ -89,7 +77,7 @@ def remove(directory: Path, count: int) -> None:
     directory.rmdir()
 
 
-def cycle(mount: Mount, files: int) -> None:
+def cycle(cluster: Cluster, mount: Mount, files: int) -> None:
     """Make, list and remove files, some directories at a time; say how long it took."""
     count = files // DIRECTORIES
     with contextlib.ExitStack() as stack:
@@ -104,22 +92,20 @@ def cycle(mount: Mount, files: int) -> None:
                 future.result()
             cost_us = (time.monotonic() - start_s) / files * 1e6
             sys.stdout.write(f"{files} files, {WORKERS} processes, {step.__name__}: {cost_us:.0f} µs each\n")
-    wait_until(lambda: at_rest(mount), DEADLINE_S)
+    wait_until(lambda: at_rest(cluster, mount), DEADLINE_S)
 
 
 def check_stores(cluster: Cluster) -> None:
     """Stop everything in order and look into the stores: nothing but the root is left."""
-    for process in [*cluster.mounts, *cluster.daemons]:
-        assert process.stop() is not None, "had to be killed"
+    assert cluster.end() == []
     data_dirs = [cluster.data_dir(number) for number in range(DAEMONS)]
-    assert complaints_on_disk(data_dirs, ShardMap.round_robin(DAEMONS)) == []
     assert [path for data in data_dirs for path in (data / "chunks").glob("*/*")] == []
 
 
 def test_nothing_is_left_of_1500_files(cluster: Cluster) -> None:
     mount = cluster.mount()
-    cycle(mount, 1500)
-    for daemon in report_of(mount).daemons:
+    cycle(cluster, mount, 1500)
+    for daemon in mount.report().daemons:
         assert daemon.in_flight <= 1  # the question itself
         assert daemon.status is not None
         sessions = cast(list[dict[str, object]], daemon.status["sessions"])
@@ -134,9 +120,9 @@ def test_a_second_cycle_of_200000_files_takes_no_more_memory(cluster: Cluster) -
     processes: dict[str, Process] = {"mount": mount}
     processes |= {f"daemon {number}": daemon for number, daemon in enumerate(cluster.daemons)}
     fresh = {name: resident(process) for name, process in processes.items()}
-    cycle(mount, 200_000)
+    cycle(cluster, mount, 200_000)
     first = {name: resident(process) for name, process in processes.items()}
-    cycle(mount, 200_000)
+    cycle(cluster, mount, 200_000)
     second = {name: resident(process) for name, process in processes.items()}
     for name in processes:
         sizes = [f"{found[name] / MIB:.1f}" for found in (fresh, first, second)]
@@ -178,7 +164,7 @@ def test_directories_of_many_entries(cluster: Cluster) -> None:
             sys.stdout.write(f"{count} entries {what}: {(times[end] - times[start]) / count * 1e6:.1f} µs each\n")
         assert os.listdir(directory) == []
         directory.rmdir()
-    wait_until(lambda: at_rest(mount), DEADLINE_S)
+    wait_until(lambda: at_rest(cluster, mount), DEADLINE_S)
     check_stores(cluster)
 
 

@@ -12,12 +12,9 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, Mount, running_cluster
 from elsewhere import Elsewhere
-from fsck import complaints_on_disk
 from posix_help import opened, wait_until
 from strain import Strain
 
-from benchfs_fuse import control
-from benchfs_fuse.layout import ShardMap
 from benchfs_fuse.limits import CHUNK_SIZE_MIN
 
 DAEMONS = 2
@@ -74,22 +71,12 @@ class Fight(Counter[str]):
                     self["lines"] += 1
 
 
-def statuses(mount: Mount) -> control.Report:
-    """Return what a mount and the daemons say of themselves."""
-    record = control.read_record(mount.mountpoint)
-    assert record is not None
-    *_, report = control.ask(record, control.Question("status"), DEADLINE_S)
-    return report
-
-
-def at_rest(mount: Mount) -> bool:
+def at_rest(cluster: Cluster, mount: Mount) -> bool:
     """Tell whether a mount holds nothing, and the daemons hold nothing for anybody and have nothing left to do."""
-    report = statuses(mount)
-    said = [daemon.status for daemon in report.daemons if daemon.status is not None]
+    report = mount.report()
     mine = report.handles == report.files == report.dirty_files == report.accepted_bytes == 0
-    theirs = all(one["orphans"] == one["to_drop"] == one["prepared"] == 0 for one in said)
-    sessions = [session for one in said for session in one["sessions"] if session["kind"] != "daemon"]  # type: ignore[attr-defined]
-    return mine and theirs and len(said) == DAEMONS and all(session["opens"] == 0 for session in sessions)
+    sessions = [session for one in mount.statuses() for session in one["sessions"] if session["kind"] != "daemon"]
+    return mine and cluster.at_rest(mount) and all(session["opens"] == 0 for session in sessions)
 
 
 def stress(cluster: Cluster, seconds: float) -> None:
@@ -122,15 +109,13 @@ def stress(cluster: Cluster, seconds: float) -> None:
         assert own == list(range(fight["lines"]))
     assert len(lines) * LINE == (shared / "log").stat().st_size
     for mount in mounts:
-        wait_until(lambda mount=mount: at_rest(mount), DEADLINE_S)  # type: ignore[misc]
+        wait_until(lambda mount=mount: at_rest(cluster, mount), DEADLINE_S)  # type: ignore[misc]
     names: list[set[str]] = [
         {f"{path.parent.name}/{path.name}/{path.stat().st_ino}" for path in (mount.mountpoint / "shared").glob("d*/*")}
         for mount in mounts
     ]
     assert names[0] == names[1]
-    for process in [*cluster.mounts, *cluster.daemons]:
-        assert process.stop() is not None, "had to be killed"
-    assert complaints_on_disk([cluster.data_dir(number) for number in range(DAEMONS)], ShardMap.round_robin(2)) == []
+    assert cluster.end() == []
 
 
 def test_many_processes_on_two_mounts(cluster: Cluster) -> None:

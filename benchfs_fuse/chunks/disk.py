@@ -770,6 +770,11 @@ class DiskChunkStore:
         if error is not None:
             log.warning("cannot remove dropped chunk files: %s", error)
 
+    @property
+    def to_remove(self) -> int:
+        """Return how many files of dropped chunks are still to be removed, but for those that could not be."""
+        return self.table.next_garbage - self.removed_to if self._removing else 0
+
     async def sync_table(self) -> None:
         """Bring the table to stable storage: files whose records are gone may be removed then."""
         await self._store.sync()

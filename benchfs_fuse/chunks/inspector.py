@@ -40,6 +40,11 @@ class DiskInspector:
         self._store = store
         self._table = store.table
 
+    @property
+    def to_remove(self) -> int:
+        """Return how many files of dropped chunks are still to be removed, but for those that could not be."""
+        return self._store.to_remove
+
     async def page(self, start: ChunkId) -> list[ChunkState]:
         """Return some of the chunks from ``start`` on, in order; an empty list: there are no more."""
         rows = self._table.rows(start, PAGE_MAX)

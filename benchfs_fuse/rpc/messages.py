@@ -941,6 +941,8 @@ class StatusReply(Body, frozen=True):
     #: Files without a name that are still open, and dead files whose chunks are not yet dropped everywhere.
     orphans: int
     to_drop: int
+    #: Files of dropped chunks that are still to be removed here, but for those that could not be.
+    to_remove: int
     prepared: int
     #: Requests served so far, by the name of their class.
     requests: dict[str, int]
@@ -953,6 +955,11 @@ class StatusReply(Body, frozen=True):
     more_sessions: int
     #: Files are being compared with their chunks after a power cut.
     recounting: bool = False
+
+
+#: What a StatusReply counts of the work that is under way for nobody who waits. All of it ends by itself, but orphans
+#: that are open.
+BEHIND_REPLIES = ("grace", "recounting", "orphans", "to_drop", "to_remove", "prepared")
 
 
 class Status(Request, frozen=True):

@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..limits import CHUNK_SIZE_MIN, MIB
 from ..processes import ProcessId, Starting, alive, end, wait_ready
 from ..registry import Registry, init_registry
+from ..rpc.messages import BEHIND_REPLIES
 from .hosts import Cable, Star, Way
 
 #: Seconds that a daemon may take to stop in order, and a mount to flush and leave.
@@ -179,8 +180,7 @@ class LocalCluster:
     def at_rest(self) -> bool:
         """Tell whether the daemons have nothing left to do behind the service. UserError: the mount does not answer."""
         found = self._said(self.mountpoints[0])
-        idle = ("orphans", "to_drop", "prepared", "grace")
-        return found is not None and not any(one[what] for one in found for what in idle)
+        return found is not None and not any(one[what] for one in found for what in BEHIND_REPLIES)
 
     def process_of(self, path: Path) -> ProcessId:
         """Return the process of a mount that was started."""
