@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from cluster import Cluster, running_cluster
+from posix_help import wait_until
 
 from benchfs_fuse.kv.rocks import RocksStore
 from benchfs_fuse.limits import CHUNK_SIZE_MIN
@@ -98,8 +99,10 @@ def workload(mount: Path, name: str = "work") -> None:
 
 @pytest.mark.slow
 def test_a_check_is_clean_after_a_workload_and_over_restarts(cluster: Cluster) -> None:
-    mount = cluster.mount().mountpoint
+    mounted = cluster.mount()
+    mount = mounted.mountpoint
     workload(mount)
+    wait_until(lambda: cluster.at_rest(mounted))
     # Through the mount or the registry, it is the same.
     by_mount, by_registry = check(mount, "--json"), check(cluster.registry, "--json")
     assert by_mount == by_registry
