@@ -26,7 +26,9 @@ from rich.console import Console
 from rich.text import Text
 
 from . import __version__, companion, mountpoints
+from .compiled import Compiled
 from .limits import KIB, MIB
+from .rpc import wire
 from .rpc.addresses import public_devices
 
 #: What the kernel grants since 5.16 (MLOCK_LIMIT): less was configured by somebody.
@@ -301,18 +303,29 @@ def check_knobs(
     )
 
 
-def check_companion(directory: Path = companion.DIRECTORY) -> Finding:
+def check_companion(library: Compiled = companion.LIBRARY) -> Finding:
     """Find the companion library, which is built with the package where there is a compiler."""
-    library = companion.find(directory)
-    if library is not None and companion.is_current(library):
-        return Finding("companion library", "ok", "built")
-    return Finding(
+    return _check_compiled(
         "companion library",
-        "warn",
-        "not built" if library is None else "built from another version, and left out",
+        library,
         "no fallocate, holes, copies on the daemons, locks across mounts, default ACLs, kept caches, interrupts",
         "install gcc, pkg-config and libfuse3-dev, then the package again",
     )
+
+
+def check_wire(library: Compiled = wire.COMPILED) -> Finding:
+    """Find the compiled half of rpc/wire, which is built likewise."""
+    return _check_compiled(
+        "compiled wire", library, "small requests take half as long again", "install gcc, then the package again"
+    )
+
+
+def _check_compiled(name: str, compiled: Compiled, cost: str, remedy: str) -> Finding:
+    library = compiled.find()
+    if library is not None and compiled.is_current(library):
+        return Finding(name, "ok", "built")
+    found = "not built" if library is None else "built from another version, and left out"
+    return Finding(name, "warn", found, cost, remedy)
 
 
 def check_packages(names: Iterable[str] = _PACKAGES) -> Finding:
@@ -337,6 +350,7 @@ def findings(data_dir: Path, probe_inline: Callable[[Path], InlineProbe]) -> lis
         check_fuse_device(),
         check_fusermount(),
         check_companion(),
+        check_wire(),
         check_io_uring(),
         check_memlock(),
         check_ucx(),

@@ -84,7 +84,7 @@ require_packages() {
 # The stamp's first line is where the environment stands (its scripts hold absolute paths), the second what is in it.
 require_venv() {
     extras=${1:-}
-    wanted=$(cat setup.cfg setup.py pyproject.toml constraints.txt benchfs_fuse/companion/companion.c | sha256sum | cut -d ' ' -f 1)
+    wanted=$(cat setup.cfg setup.py pyproject.toml constraints.txt benchfs_fuse/*/*.c | sha256sum | cut -d ' ' -f 1)
     for enough in test ${extras:-plot run}; do # test has all that plot has
         if [ "$(cat ".venv/stamp-$enough" 2>/dev/null)" = "$PWD
 $wanted" ] && .venv/bin/python -c '' 2>/dev/null; then
@@ -107,5 +107,7 @@ $wanted" ] && .venv/bin/python -c '' 2>/dev/null; then
         die "pip could not install the package and its dependencies"
     ls benchfs_fuse/companion/_library*.so >/dev/null 2>&1 ||
         say "the companion library could not be built; docs/companion.md says what is missing without it"
+    ls benchfs_fuse/rpc/_wire*.so >/dev/null 2>&1 ||
+        say "the compiled wire could not be built: small requests will take half as long again"
     printf '%s\n%s\n' "$PWD" "$wanted" >".venv/stamp-${extras:-run}"
 }

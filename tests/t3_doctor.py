@@ -7,13 +7,16 @@ import os
 import resource
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from benchfs_fuse import companion, doctor
+from benchfs_fuse.compiled import Compiled
 from benchfs_fuse.doctor import Finding
+from benchfs_fuse.rpc import wire
 
 
 class Probed(NamedTuple):
@@ -185,19 +188,25 @@ def test_knobs_need_root_and_sysfs(tmp_path: Path, mounts: str, has_bdi: bool, e
     assert doctor.check_knobs(mountinfo, bdi, euid).found == found
 
 
-def test_the_companion_library_is_missed(tmp_path: Path) -> None:
-    assert doctor.check_companion(tmp_path).found == "not built"
-    built = companion.find()
+@pytest.mark.parametrize(
+    ("check", "library"), [(doctor.check_companion, companion.LIBRARY), (doctor.check_wire, wire.COMPILED)]
+)
+def test_a_library_that_was_not_built_is_missed(
+    tmp_path: Path, check: Callable[[Compiled], Finding], library: Compiled
+) -> None:
+    there = library._replace(directory=tmp_path)
+    assert check(there).found == "not built"
+    built = library.find()
     assert built is not None
     shutil.copy(built, tmp_path)
-    shutil.copy(built.parent / "companion.c", tmp_path)
-    assert doctor.check_companion(tmp_path).level == "ok"
-    with (tmp_path / "companion.c").open("a") as source:
+    shutil.copy(library.directory / library.source, tmp_path)
+    assert check(there).level == "ok"
+    with (tmp_path / library.source).open("a") as source:
         source.write("/* another version */")
-    assert doctor.check_companion(tmp_path).found == "built from another version, and left out"
+    assert check(there).found == "built from another version, and left out"
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / built.name).write_bytes(b"nothing that can be loaded")
-    assert doctor.check_companion(tmp_path / "damaged").level == "warn"
+    assert check(library._replace(directory=tmp_path / "damaged")).level == "warn"
 
 
 def test_versions_name_what_is_missing() -> None:
@@ -236,7 +245,7 @@ def test_a_warning_is_no_failure(
 
 def test_every_check_runs_on_this_machine(tmp_path: Path) -> None:
     names = [one.name for one in doctor.findings(tmp_path, lambda _: Probed(True, 1.0))]
-    assert len(names) == len(set(names)) == 11
+    assert len(names) == len(set(names)) == 12
 
 
 def test_addresses_that_the_world_reaches_are_told() -> None:

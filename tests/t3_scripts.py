@@ -132,4 +132,6 @@ def test_an_installation_without_a_compiler_says_what_will_be_missing(tmp_path: 
     assert "benchfs-fuse: the companion library was not built (" in done.stderr
     assert "Mounts will work without: fallocate, " in done.stderr and "locks across mounts, " in done.stderr
     assert "Install gcc, pkg-config and libfuse3-dev" in done.stderr
+    assert "benchfs-fuse: the compiled wire was not built (" in done.stderr
+    assert "Small requests will take half as long again. Install gcc" in done.stderr
     assert not list(tmp_path.glob("lib/**/*.so"))

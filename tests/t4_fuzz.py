@@ -379,9 +379,9 @@ class Rogue:
 
     def send(self, message: Message) -> None:
         if not self.ended:
-            self.channel._send(message.control, self.channel._ucx.control_tag)
+            self.channel._send(message.control, 1 << 32)
         if message.payload is not None and not self.ended:
-            self.channel._send(message.payload, self.channel._ucx.Tag(2 << 32 | message.slot))
+            self.channel._send(message.payload, 2 << 32 | message.slot)
 
     async def settle(self) -> bool:
         """Wait until the daemon has taken what was sent; tell whether the connection is still of use."""
@@ -478,7 +478,7 @@ async def test_messages_that_nobody_waits_for_end_their_connection(target: Targe
             memory = target.resident()
             with trio.fail_after(SERVED_S):
                 while not peer.ended:
-                    peer.channel._send(bytes(MIB), peer.channel._ucx.Tag(tag))
+                    peer.channel._send(bytes(MIB), tag)
                     await trio.sleep(0.001)
             assert target.resident() < memory + REPLY_BYTES_MAX + GROWTH_MAX
             await peer.channel.aclose()

@@ -32,7 +32,7 @@ from benchfs_fuse.limits import (
 )
 from benchfs_fuse.model import ClientId
 from benchfs_fuse.ports import Channel, Ending, Peer, Reply
-from benchfs_fuse.rpc import meeting
+from benchfs_fuse.rpc import meeting, ucx
 from benchfs_fuse.rpc.ucx import UcxEngine
 
 ME = Peer(ClientId(1), -1, "tests", os.getpid(), "boot")
@@ -46,9 +46,15 @@ GROWTH_MAX = 100_000
 SLACK_MAX = 8 << 20
 
 
-@pytest.fixture(params=["", "tcp"], ids=["shm", "tcp"])
-def tls(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(
+    params=[("", True), ("tcp", True), ("", False), ("tcp", False)], ids=["shm", "tcp", "shm, plain", "tcp, plain"]
+)
+def tls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Choose a transport, and the wire of this process; that of its peers is the compiled one."""
+    tls, compiled = request.param
+    if not compiled:
+        monkeypatch.setattr(ucx, "load_compiled", lambda: None)
+    return str(tls)
 
 
 @asynccontextmanager

@@ -10,8 +10,6 @@ returns; the answer is given later, in the same thread, by one of the ``reply_``
 
 import ctypes
 import errno
-import hashlib
-import logging
 import os
 import struct
 import sys
@@ -19,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-log = logging.getLogger(__name__)
+from ..compiled import Compiled
 
 #: Capabilities of the connection: FUSE_CAP_* of libfuse's fuse_common.h.
 CAP_POSIX_LOCKS = 1 << 1
@@ -34,9 +32,7 @@ CAP_EXPLICIT_INVAL_DATA = 1 << 25
 ATIME_NOW = 1 << 7
 MTIME_NOW = 1 << 8
 
-#: Where the library is, if it was built, and how its name begins.
-DIRECTORY = Path(__file__).parent
-_LIBRARY = "_library"
+LIBRARY = Compiled(Path(__file__).parent, "_library", "companion.c")
 
 
 class Request(ctypes.Structure):
@@ -205,27 +201,10 @@ def _function(library: ctypes.CDLL, name: str, *arguments: Any) -> Any:
     return function
 
 
-def find(directory: Path = DIRECTORY) -> Path | None:
-    """Return where the library is, None where it was not built."""
-    return next(iter(sorted(directory.glob(f"{_LIBRARY}*.so"))), None)
-
-
-def is_current(library: Path) -> bool:
-    """Tell whether a library was built from the source beside it: another one has other structures."""
-    try:
-        built_from = (ctypes.c_char * 65).in_dll(ctypes.CDLL(str(library)), "benchfs_source").value
-    except (OSError, ValueError):  # what cannot be loaded; what has no such name
-        return False
-    return built_from.decode() == hashlib.sha256((library.parent / "companion.c").read_bytes()).hexdigest()
-
-
 def load() -> Companion | None:
     """Load the library, before pyfuse3; None where it was not built, or was built from another version."""
-    library = find()
+    library = LIBRARY.usable()
     if library is None:
-        return None
-    if not is_current(library):
-        log.warning("%s was built from another version and is left out: install the package again", library)
         return None
     assert "pyfuse3" not in sys.modules, "the companion library comes first"
     return Companion(ctypes.CDLL(str(library), mode=os.RTLD_GLOBAL | os.RTLD_NOW))

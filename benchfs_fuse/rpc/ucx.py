@@ -75,6 +75,7 @@ from . import frames, meeting
 from .addresses import is_public, public_devices
 from .handshake import Card, Handshake, Role
 from .network import handle_now_of
+from .wire import Receive, load_compiled, make_wire
 
 log = logging.getLogger(__name__)
 
@@ -122,13 +123,13 @@ SPIN_US_MAX = 2000
 SPIN_SKIP_MAX = 15
 #: Calls answered without a pause of their own let other tasks run after this many nanoseconds.
 YIELD_NS = 1_000_000
-#: Polls between two turns of the scheduler: about as long as its turn takes, so that half of the time is polling.
-POLLS_PER_TURN = 8
+#: Nanoseconds of polling between two turns of the scheduler: about as long as its turn takes.
+TURN_NS = 10_000
+#: Nanoseconds that a caller polls before it looks at the time and lets other threads run.
+SPIN_TURN_NS = 50_000
 #: A send that cannot go on because the peer takes nothing is polled at leisure after this many nanoseconds.
 STALL_NS = 20_000_000
 STALL_POLL_S = 0.001
-#: Receives of control messages that may be missing at once: then they are posted anew at once.
-TAKEN_MAX = CONTROL_RECEIVES // 2
 #: How often an idle worker may be found busy while it is armed on the way, before its task is woken to see to it.
 SETTLE_TRIES = 8
 #: Seconds for the meeting socket to say what it knows, when UCX has failed first. A dead process's sockets close within
@@ -206,8 +207,9 @@ class Ucx:
         self.Tag: Any = libucxx.UCXXTag
         self.Error: type[Exception] = libucxx.UCXError
         self.features = (libucxx.Feature.TAG, libucxx.Feature.WAKEUP)
-        self.control_tag: Any = libucxx.UCXXTag(_CONTROL)
-        self.any_tag: Any = (libucxx.UCXXTag(0), libucxx.UCXXTagMask(0))
+        self.TagMask: Any = libucxx.UCXXTagMask
+        #: The compiled part of rpc/wire, None where it was not built.
+        self.compiled: Any = load_compiled()
         self._destroy = ctypes.CDLL("libucp.so.0").ucp_worker_destroy  # the library that ucxx has loaded
         self._destroy.argtypes, self._destroy.restype = [ctypes.c_void_p], None
         self._keep = ctypes.pythonapi.Py_IncRef
@@ -242,7 +244,7 @@ class _Call:
         *("answered_ns", "done", "event", "frame", "into", "landing", "number", "reply", "sent_ns", "slot", "want"),
     )
 
-    def __init__(self, number: int, into: memoryview | None, want: int, landing: Any, slot: int) -> None:
+    def __init__(self, number: int, into: memoryview | None, want: int, landing: Receive | None, slot: int) -> None:
         self.number = number
         #: When it was sent and answered, 0 unless somebody records.
         self.sent_ns = self.answered_ns = 0
@@ -261,13 +263,12 @@ class _Call:
 class _Slot:
     """Hold one buffer for a request's payload, its posted receive, and the request that waits for it or uses it."""
 
-    __slots__ = ("array", "frame", "receive", "tag", "view")
+    __slots__ = ("frame", "receive", "tag", "view")
 
-    def __init__(self, view: memoryview, array: Any, tag: Any) -> None:
+    def __init__(self, view: memoryview, tag: int) -> None:
         self.view = view
         self.tag = tag
-        self.array = array
-        self.receive: Any = None
+        self.receive: Receive | None = None
         self.frame: frames.Frame | None = None
 
 
@@ -318,21 +319,10 @@ class UcxChannel:
         self._letting_in = False
         self._turns = 0
         self._filling: list[_Slot] = []
-        # What UCX works on: sends with their buffers and what to do when they are out; receives of control messages.
-        self._sends: list[tuple[Any, Any, Callable[[], None] | None]] = []
         memory = memoryview(mmap.mmap(-1, CONTROL_RECEIVES * _CONTROL_SIZE + BULK_SLOTS * PAYLOAD_MAX))
-        pieces = [memory[i * _CONTROL_SIZE :][:_CONTROL_SIZE] for i in range(CONTROL_RECEIVES)]
-        #: Control messages that have come and whose receives are posted anew when there is time: at the next poll that
-        #: finds nothing. Whoever has got his answer does not wait for that.
-        self._taken: list[tuple[memoryview, Any]] = []
-        self._control: deque[tuple[memoryview, Any, Any]] = deque(
-            (piece, self._ucx.Array(piece), None) for piece in pieces
-        )
-        bulk = memory[CONTROL_RECEIVES * _CONTROL_SIZE :]
-        views = [bulk[i * PAYLOAD_MAX :][:PAYLOAD_MAX] for i in range(BULK_SLOTS)]
-        self._bulk = [
-            _Slot(view, self._ucx.Array(view), self._ucx.Tag(_REQUEST_BULK | i)) for i, view in enumerate(views)
-        ]
+        control, bulk = memory[: CONTROL_RECEIVES * _CONTROL_SIZE], memory[CONTROL_RECEIVES * _CONTROL_SIZE :]
+        self._wire = make_wire(engine.ucx, worker, control, CONTROL_RECEIVES, _CONTROL)
+        self._bulk = [_Slot(bulk[i * PAYLOAD_MAX :][:PAYLOAD_MAX], _REQUEST_BULK | i) for i in range(BULK_SLOTS)]
 
     @property
     def peer(self) -> Peer:
@@ -470,12 +460,13 @@ class UcxChannel:
         message = frames.encode_request(request_id, op, body, payload, want, max(slot, 0))
         landing = None
         if want > INLINE_MAX:
-            landing = self._worker.tag_recv(self._ucx.Array(into), self._ucx.Tag(_REPLY_BULK | request_id))
+            assert into is not None
+            landing = self._wire.receive(into, _REPLY_BULK | request_id)
         call = self._calls[request_id] = _Call(request_id, into, want, landing, slot)
         self._counters.calls += 1
-        self._send(message, self._ucx.control_tag)
-        if bulk:
-            self._send(payload, self._ucx.Tag(_REQUEST_BULK | slot))
+        self._send(message, _CONTROL)
+        if bulk and payload is not None:
+            self._send(payload, _REQUEST_BULK | slot)
         call.sent_ns = recording.now()
         return call
 
@@ -493,12 +484,13 @@ class UcxChannel:
         spin_ns += size // SPIN_BYTES_PER_NS
         last, end = now + spin_ns, now + SPIN_US_MAX * 1000
         while not call.done and not self._failed and self._ending is None:
-            before, now = now, time.perf_counter_ns()
-            if self._poll():
+            before = now
+            if self._poll(SPIN_TURN_NS):
+                now = time.perf_counter_ns()
                 last = now + spin_ns
-            elif now < last and now < end and now - before < self._engine.contended_ns:
-                os.sched_yield()
-            else:
+                continue
+            now = time.perf_counter_ns()
+            if now >= last or now >= end or now - before >= SPIN_TURN_NS + self._engine.contended_ns:
                 self._spin_misses = min(2 * self._spin_misses + 1, SPIN_SKIP_MAX)
                 self._spin_skip = self._spin_misses
                 return
@@ -532,6 +524,7 @@ class UcxChannel:
         """Complete a call whose reply and payload are both there."""
         frame = call.frame
         assert frame is not None
+        assert call.landing is not None
         call.landing.check_error()
         call.landing = None
         self._counters.bytes_in += frame.bulk
@@ -564,7 +557,7 @@ class UcxChannel:
             self._dispatch(frame, frame.payload if len(frame.payload) else None, None)
             return
         slot = self._bulk[frame.slot] if frame.slot < BULK_SLOTS else None
-        if slot is None or slot.frame is not None:
+        if slot is None or slot.frame is not None or slot.receive is None:
             raise ProtocolError(f"request with its payload in slot {frame.slot}, which is taken or does not exist")
         slot.frame = frame
         if slot.receive.completed:
@@ -595,7 +588,7 @@ class UcxChannel:
     def _on_filled(self, slot: _Slot) -> None:
         """Serve a request whose payload is there."""
         frame = slot.frame
-        assert frame is not None
+        assert frame is not None and slot.receive is not None
         slot.receive.check_error()
         slot.receive = None
         self._counters.bytes_in += frame.bulk
@@ -659,9 +652,9 @@ class UcxChannel:
             payload = None
             message = frames.encode_reply(frame.request_id, StorageError.status, b"", None, frame.want)
         if frame.want > INLINE_MAX:
-            tag = self._ucx.Tag(_REPLY_BULK | frame.request_id)
-            self._send(payload if payload is not None else b"", tag, partial(self._reply_out, frame.want, release))
-        self._send(message, self._ucx.control_tag)
+            out = partial(self._reply_out, frame.want, release)
+            self._send(payload if payload is not None else b"", _REPLY_BULK | frame.request_id, out)
+        self._send(message, _CONTROL)
         if served is not None and (recorder := recording.recorder) is not None:
             recorder.end_served(served)
         if frame.want <= INLINE_MAX and release is not None:
@@ -669,20 +662,14 @@ class UcxChannel:
 
     # UCX.
 
-    def _send(self, data: Buffer | None, tag: Any, release: Callable[[], None] | None = None) -> None:
-        """Start sending; keep the buffer until it is out, then call ``release``. What fails ends the connection."""
+    def _send(self, data: Buffer, tag: int, release: Callable[[], None] | None = None) -> None:
+        """Start sending; ``release`` is called when the buffer is out. What fails ends the connection."""
         if not self._failed:
-            array = self._ucx.Array(data)
-            self._counters.bytes_out += array.nbytes
             try:
-                request = self._endpoint.tag_send(array, tag)
-                if not request.completed:
-                    self._sends.append((request, array, release))
-                    if len(self._sends) > UNSENT_MAX:
-                        self._check_taken()
-                    return
-                request.check_error()
-                request = None
+                self._counters.bytes_out += self._wire.send(data, tag, release)
+                if self._wire.unsent > UNSENT_MAX:
+                    self._check_taken()
+                return
             except self._ucx.Error:
                 self._fail()
         if release is not None:
@@ -690,10 +677,9 @@ class UcxChannel:
 
     def _check_taken(self) -> None:
         """End the connection to a peer that goes on asking and takes nothing."""
-        self._reap_sends()
-        if len(self._sends) > UNSENT_MAX and self._ending is None:
+        if self._ending is None:
             log.warning(
-                "giving up the connection to %s: it has not taken %d messages", self._peer.host, len(self._sends)
+                "giving up the connection to %s: it has not taken %d messages", self._peer.host, self._wire.unsent
             )
             self._end(Ending.PROTOCOL)
 
@@ -703,9 +689,8 @@ class UcxChannel:
         Behind ``_reap`` there is none from a peer that keeps to the rules: control messages find receives posted then,
         and payloads always do.
         """
-        found = self._worker.tag_probe(*self._ucx.any_tag)
-        if found.matched and found.sender_tag != _CONTROL:
-            raise ProtocolError(f"a message of {found.length} bytes that nobody waits for")
+        if (length := self._wire.stray()) >= 0:
+            raise ProtocolError(f"a message of {length} bytes that nobody waits for")
 
     def _fail(self) -> None:
         """Do without UCX, which failed, until the meeting socket has said whether the peer is dead for certain."""
@@ -713,41 +698,30 @@ class UcxChannel:
             self._failed = True
             self._verdict.deadline = trio.current_time() + VERDICT_S
 
-    def _post_control(self) -> None:
-        """Post the receives of control messages anew that have come."""
-        for view, array in self._taken:
-            self._control.append((view, array, self._worker.tag_recv(array, self._ucx.control_tag)))
-        self._taken.clear()
-
     def _post_slot(self, slot: _Slot) -> None:
         slot.frame = None
-        slot.receive = self._worker.tag_recv(slot.array, slot.tag)
+        slot.receive = self._wire.receive(slot.view, slot.tag)
 
-    def _poll(self) -> bool:
-        """Let UCX work and take what it has for us. Return whether anything happened."""
+    def _poll(self, patience_ns: int = 0) -> bool:
+        """Let UCX work and take what it has for us, or wait so long for something. Return whether anything happened."""
         if self._failed or self._ending is not None:
             return False
-        progress = self._worker.progress_once
-        if not progress():
-            if self._sends:
-                self._reap_sends()
-            if self._taken:
-                try:
-                    self._post_control()
-                except self._ucx.Error:
-                    self._fail()
-            return False
-        while progress():
-            pass
-        self._active_ns = time.perf_counter_ns()
         try:
-            self._reap()
+            found = self._wire.poll(patience_ns)
+            if found is None:
+                return False
+            self._active_ns = time.perf_counter_ns()
+            self._take_messages(found)
+            if self._filling or self._landing:
+                self._take_payloads()
             self._turns += 1
-            if self._turns % STRAYS_EVERY == 0 and self._ending is None:
+            if self._turns % STRAYS_EVERY == 0:
                 self._refuse_strays()
         except ProtocolError as error:
             self._give_up(error)
         except self._ucx.Error:
+            self._fail()
+        if self._wire.failed:
             self._fail()
         return True
 
@@ -755,59 +729,29 @@ class UcxChannel:
         log.warning("giving up the connection to %s: %s", self._peer.host, str(error))
         self._end(Ending.PROTOCOL)
 
-    def _reap(self) -> None:
-        """Take every completed receive and send.
-
-        No request object of UCXX may outlive the worker, not even in a frame that a logged traceback keeps: so none
-        stays in a variable while handlers run.
-        """
-        control = self._control
-        while self._ending is None and control and control[0][2].completed:
-            view, array, receive = control.popleft()
-            receive.check_error()
-            del receive
-            frame = frames.decode(view)
+    def _take_messages(self, found: list[frames.Frame]) -> None:
+        """Take control messages in their order, until one of them ends the connection."""
+        for frame in found:
+            if self._ending is not None:
+                return
             self._counters.bytes_in += frames.HEADER_SIZE + len(frame.body) + len(frame.payload)
             if frame.kind == frames.REPLY:
                 self._on_reply(frame)
             else:
                 self._on_request(frame)
-            self._taken.append((view, array))
-            if len(self._taken) == TAKEN_MAX:
-                self._post_control()
-        if self._filling:
-            filled = [slot for slot in self._filling if slot.receive.completed]
-            if filled:
-                self._filling = [slot for slot in self._filling if slot not in filled]
-                for slot in filled:
-                    self._on_filled(slot)
-        if self._landing:
-            landed = [call for call in self._landing if call.landing.completed]
-            if landed:
-                self._landing = [call for call in self._landing if call not in landed]
-                for call in landed:
-                    self._on_landed(call)
-        if self._sends:
-            self._reap_sends()
 
-    def _reap_sends(self) -> None:
-        """Release what is out; a send that failed ends the connection."""
-        failed = False
-        releases = []
-        under_way = []
-        for request, array, release in self._sends:
-            if not request.completed:
-                under_way.append((request, array, release))
-                continue
-            failed = failed or request.status != 0
-            if release is not None:
-                releases.append(release)
-        self._sends = under_way
-        del request, under_way
-        for release in releases:
-            release()
-        if failed:
-            self._fail()
+    def _take_payloads(self) -> None:
+        """Go on with the requests and replies whose payloads are there by now."""
+        filled = [slot for slot in self._filling if slot.receive is not None and slot.receive.completed]
+        if filled:
+            self._filling = [slot for slot in self._filling if slot not in filled]
+            for slot in filled:
+                self._on_filled(slot)
+        landed = [call for call in self._landing if call.landing is not None and call.landing.completed]
+        if landed:
+            self._landing = [call for call in self._landing if call not in landed]
+            for call in landed:
+                self._on_landed(call)
 
     def _settle(self) -> None:
         """See to it that the sleeping task will be woken, after somebody else has used the worker.
@@ -819,7 +763,7 @@ class UcxChannel:
         if not self._asleep or self._failed or self._ending is not None:
             return
         for _ in range(SETTLE_TRIES):
-            if self._worker.arm():
+            if self._wire.arm():
                 return
             self._poll()
         trio.lowlevel.notify_closing(self._worker.epoll_file_descriptor)
@@ -833,9 +777,10 @@ class UcxChannel:
             self._endpoint = self._ucx.Endpoint.create_from_worker_address(self._worker, there, True)
         except self._ucx.Error as error:
             raise Disconnected(f"UCX cannot reach {self._peer.host}: {error}") from error
-        self._control = deque(
-            (view, array, self._worker.tag_recv(array, self._ucx.control_tag)) for view, array, _ in self._control
-        )
+        try:
+            self._wire.attach(self._endpoint)
+        except self._ucx.Error as error:
+            raise Disconnected(f"UCX cannot receive from {self._peer.host}: {error}") from error
         for slot in self._bulk:
             self._post_slot(slot)
 
@@ -880,30 +825,31 @@ class UcxChannel:
 
     async def _progress(self) -> None:
         """Poll while anything moves and a little longer; then sleep until UCX has something."""
-        engine, worker, counters = self._engine, self._worker, self._counters
+        engine, wire, counters = self._engine, self._wire, self._counters
+        descriptor = self._worker.epoll_file_descriptor
         rest = losses = 0
         while not self._failed:
             began_ns = engine.yielded_ns = time.perf_counter_ns()
-            if self._poll_for_a_turn(yields=bool(engine.spin_ns) and not rest):
+            if self._poll(TURN_NS if engine.spin_ns and not rest else 0):
                 await trio.lowlevel.checkpoint()
                 continue
             now = time.perf_counter_ns()
-            if now - began_ns > engine.contended_ns:
+            if now - began_ns > engine.contended_ns + TURN_NS:
                 rest = losses = min(2 * losses + 1, REST_MAX)
             # Who waits for no answer, and is asked for nothing, has nothing to poll for: a mount between two calls.
             awaited_ns = self._active_ns if self._calls or self._serving else self._asked_ns
-            if (rest or now - awaited_ns >= engine.spin_ns) and self._may_sleep() and worker.arm():
+            if (rest or now - awaited_ns >= engine.spin_ns) and self._may_sleep() and wire.arm():
                 rest = max(0, rest - 1)
                 losses = losses if rest else losses // 2
                 counters.sleeps += 1
                 self._asleep = True
                 try:  # noqa: SIM105  suppress takes three calls, in each sleep
-                    await trio.lowlevel.wait_readable(worker.epoll_file_descriptor)
+                    await trio.lowlevel.wait_readable(descriptor)
                 except trio.ClosedResourceError:
                     pass  # woken by _settle
                 self._asleep = False
                 counters.wakeups += 1
-            elif self._sends and now - self._active_ns > STALL_NS:
+            elif wire.unsent and now - self._active_ns > STALL_NS:
                 await trio.sleep(STALL_POLL_S)  # shared memory has no event for room in the peer's queue
             else:
                 await trio.lowlevel.checkpoint()
@@ -916,15 +862,6 @@ class UcxChannel:
             self._give_up(error)
         return self._ending is None
 
-    def _poll_for_a_turn(self, *, yields: bool) -> bool:
-        """Poll until something happens, a few times at most; return whether it did."""
-        for _ in range(POLLS_PER_TURN):
-            if self._poll():
-                return True
-            if yields:
-                os.sched_yield()
-        return False
-
     def _end(self, ending: Ending) -> None:
         """Decide that the connection is over; ``run`` does the rest."""
         if self._ending is None:
@@ -935,20 +872,15 @@ class UcxChannel:
     def let_go(self) -> None:
         """Make UCX let go of everything, whatever became of the peer, then fail the calls under way.
 
-        Dropping a receive cancels it. What the peer has left half done stays in the worker, and goes with it.
+        What the peer has left half done stays in the worker, and goes with it.
         """
-        sends, calls = self._sends, list(self._calls.items())
-        arrays = [array for _, array, _ in [*sends, *self._control]] + [slot.array for slot in self._bulk]
-        releases = [release for _, _, release in sends if release is not None]
-        del sends
-        self._sends, self._landing, self._filling = [], [], []
-        self._control.clear()
-        self._taken.clear()
+        calls = list(self._calls.items())
+        self._landing, self._filling = [], []
         for slot in self._bulk:
             slot.receive = None
-        self._bulk.clear()
         for _, call in calls:
             call.landing = None
+        self._wire.cancel()
         for _ in range(LAST_PROGRESS):
             self._worker.progress_once()
         if self._endpoint is not None:
@@ -956,8 +888,7 @@ class UcxChannel:
         for _ in range(LAST_PROGRESS):
             self._worker.progress_once()
         self._ucx.destroy(self._worker, self._endpoint)
-        del arrays
-        for release in releases:
+        for release in self._wire.release():
             release()
         for request_id, call in calls:
             self._finish(request_id, call)
