@@ -125,6 +125,8 @@ SPIN_SKIP_MAX = 15
 YIELD_NS = 1_000_000
 #: Nanoseconds of polling between two turns of the scheduler: about as long as its turn takes.
 TURN_NS = 10_000
+#: The same for the only connection that is polled, while nothing is under way on it.
+LONE_TURN_NS = 50_000
 #: Nanoseconds that a caller polls before it looks at the time and lets other threads run.
 SPIN_TURN_NS = 50_000
 #: A send that cannot go on because the peer takes nothing is polled at leisure after this many nanoseconds.
@@ -824,17 +826,26 @@ class UcxChannel:
         self._end(Ending.SILENCE)
 
     async def _progress(self) -> None:
+        """Let UCX work until it fails or the connection ends."""
+        self._engine.awake += 1
+        try:
+            await self._poll_and_sleep()
+        finally:
+            self._engine.awake -= 1
+
+    async def _poll_and_sleep(self) -> None:
         """Poll while anything moves and a little longer; then sleep until UCX has something."""
         engine, wire, counters = self._engine, self._wire, self._counters
         descriptor = self._worker.epoll_file_descriptor
         rest = losses = 0
         while not self._failed:
             began_ns = engine.yielded_ns = time.perf_counter_ns()
-            if self._poll(TURN_NS if engine.spin_ns and not rest else 0):
+            turn_ns = TURN_NS if engine.awake > 1 or self._calls or self._serving else LONE_TURN_NS
+            if self._poll(turn_ns if engine.spin_ns and not rest else 0):
                 await trio.lowlevel.checkpoint()
                 continue
             now = time.perf_counter_ns()
-            if now - began_ns > engine.contended_ns + TURN_NS:
+            if now - began_ns > engine.contended_ns + turn_ns:
                 rest = losses = min(2 * losses + 1, REST_MAX)
             # Who waits for no answer, and is asked for nothing, has nothing to poll for: a mount between two calls.
             awaited_ns = self._active_ns if self._calls or self._serving else self._asked_ns
@@ -843,10 +854,13 @@ class UcxChannel:
                 losses = losses if rest else losses // 2
                 counters.sleeps += 1
                 self._asleep = True
-                try:  # noqa: SIM105  suppress takes three calls, in each sleep
+                engine.awake -= 1
+                try:
                     await trio.lowlevel.wait_readable(descriptor)
                 except trio.ClosedResourceError:
                     pass  # woken by _settle
+                finally:
+                    engine.awake += 1
                 self._asleep = False
                 counters.wakeups += 1
             elif wire.unsent and now - self._active_ns > STALL_NS:
@@ -922,6 +936,8 @@ class UcxEngine:
         self.counters = _Counters()
         #: Callers inside ``call``: one that is alone may poll.
         self.waiting = 0
+        #: Connections that are polled now.
+        self.awake = 0
         #: When other tasks last got their turn.
         self.yielded_ns = 0
         #: On a single processor polling keeps the answer from being made.
