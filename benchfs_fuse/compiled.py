@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import logging
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +18,9 @@ class Compiled(NamedTuple):
     source: str
 
     def find(self) -> Path | None:
-        """Return where the library is, None where it was not built."""
-        return next(iter(sorted(self.directory.glob(f"{self.name}*.so"))), None)
+        """Return where the library is, None where it was not built for this Python."""
+        found = (self.directory / f"{self.name}{suffix}" for suffix in EXTENSION_SUFFIXES)
+        return next((path for path in found if path.exists()), None)
 
     def is_current(self, library: Path) -> bool:
         """Tell whether a library was built from the source beside it: another one has other structures."""

@@ -81,6 +81,11 @@ require_packages() {
     [ -z "$missing" ] || die "still missing after their installation: $missing"
 }
 
+# Tell whether a library of ours was built for the environment's Python: $1 is the module that knows it as $2.
+built() {
+    .venv/bin/python -c "import sys, $1; sys.exit($1.$2.find() is None)"
+}
+
 # The stamp's first line is where the environment stands (its scripts hold absolute paths), the second what is in it.
 require_venv() {
     extras=${1:-}
@@ -105,9 +110,9 @@ $wanted" ] && .venv/bin/python -c '' 2>/dev/null; then
         .venv/bin/python -m pip install -qq --config-settings editable_mode=compat \
         --editable ".${extras:+[$extras]}" >&2 </dev/null ||
         die "pip could not install the package and its dependencies"
-    ls benchfs_fuse/companion/_library*.so >/dev/null 2>&1 ||
+    built benchfs_fuse.companion LIBRARY ||
         say "the companion library could not be built; docs/companion.md says what is missing without it"
-    ls benchfs_fuse/rpc/_wire*.so >/dev/null 2>&1 ||
+    built benchfs_fuse.rpc.wire COMPILED ||
         say "the compiled wire could not be built: small requests will take half as long again"
     printf '%s\n%s\n' "$PWD" "$wanted" >".venv/stamp-${extras:-run}"
 }

@@ -249,3 +249,25 @@ def test_waiting_ends_with_patience_or_a_message(make: Callable[[bool], Any]) ->
         begun_ns = time.perf_counter_ns()
         assert there.wire.poll(int(DEADLINE_S * 1e9))
         assert time.perf_counter_ns() - begun_ns < DEADLINE_S * 1e9 / 2
+
+
+def test_nothing_that_is_still_to_be_polled_is_slept_over(make: Callable[[bool], Any]) -> None:
+    """A poll returns a part of a burst; UCX, which has delivered the rest, would let the worker be armed."""
+    for shared in (True, False):
+        with make(shared) as (here, there, _):
+            here.wire.send(frames.encode_request(0, 6, b"", None, 0), CONTROL, None)  # so that the ends are connected
+            end_s = time.monotonic() + DEADLINE_S
+            while not there.wire.poll(0):
+                assert time.monotonic() < end_s
+                here.wire.poll(0)
+            for number in range(3 * COUNT // 2):
+                here.wire.send(frames.encode_request(number, 6, b"", None, 0), CONTROL, None)
+            heard = 0
+            while heard < 3 * COUNT // 2:
+                assert time.monotonic() < end_s
+                for _ in range(1000):  # all that is on its way arrives
+                    here.worker.progress_once()
+                    there.worker.progress_once()
+                heard += len(there.wire.poll(0) or [])
+                if heard < 3 * COUNT // 2:
+                    assert not any(there.wire.arm() for _ in range(20)), f"{heard} were heard"

@@ -198,6 +198,8 @@ def test_a_library_that_was_not_built_is_missed(
     assert check(there).found == "not built"
     built = library.find()
     assert built is not None
+    shutil.copy(built, tmp_path / f"{library.name}.cpython-39-x86_64-linux-gnu.so")  # is of use to another Python alone
+    assert check(there).found == "not built"
     shutil.copy(built, tmp_path)
     shutil.copy(library.directory / library.source, tmp_path)
     assert check(there).level == "ok"

@@ -18,7 +18,7 @@ from benchfs_fuse.errors import UserError
 from benchfs_fuse.limits import KIB, MIB
 from benchfs_fuse.mount import MAX_BACKGROUND, READ_AHEAD_KB
 
-BUILT = any(Path(companion.__file__).parent.glob("_library*.so"))
+BUILT = companion.LIBRARY.find() is not None
 
 
 @pytest.fixture(scope="module")

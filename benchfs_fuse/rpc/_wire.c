@@ -138,6 +138,13 @@ static PyObject *raise_status(wire_t *self, ucs_status_t status)
     return NULL;
 }
 
+static void link_op(op_t *ring, op_t *op)
+{
+    op->next = ring;
+    op->previous = ring->previous;
+    op->previous->next = ring->previous = op;
+}
+
 static op_t *add_op(wire_t *self, PyObject *buffer, int flags)
 {
     op_t *op = PyMem_Calloc(1, sizeof *op);
@@ -149,9 +156,7 @@ static op_t *add_op(wire_t *self, PyObject *buffer, int flags)
         return NULL;
     }
     op->step.status = UCS_INPROGRESS;
-    op->next = &self->all;
-    op->previous = self->all.previous;
-    op->previous->next = self->all.previous = op;
+    link_op(&self->all, op);
     return op;
 }
 
@@ -170,9 +175,12 @@ static void free_op(op_t *op)
     PyMem_Free(op);
 }
 
-/* Free what is out and what was cancelled; then call the releases, which may send again. Returns -1 for an exception. */
+/* Free what is out and what was cancelled; then call the releases, which may send again. Returns -1 for an exception.
+ *
+ * What is done leaves the ring before Python is called, which may collect garbage, and a Receive with it. */
 static int reap(wire_t *self)
 {
+    op_t done = {.next = &done, .previous = &done};
     PyObject *releases = NULL;
     int result = 0;
 
@@ -186,6 +194,11 @@ static int reap(wire_t *self)
         } else {
             self->dropped--;
         }
+        unlink_op(op);
+        link_op(&done, op);
+    }
+    while (done.next != &done) {
+        op_t *op = done.next;
         if (op->release != NULL) {
             if (releases == NULL && (releases = PyList_New(0)) == NULL)
                 result = -1;
@@ -195,10 +208,10 @@ static int reap(wire_t *self)
         free_op(op);
     }
     for (Py_ssize_t i = 0; releases != NULL && i < PyList_GET_SIZE(releases); i++) {
-        PyObject *done = PyObject_CallNoArgs(PyList_GET_ITEM(releases, i));
-        if (done == NULL)
+        PyObject *called = PyObject_CallNoArgs(PyList_GET_ITEM(releases, i));
+        if (called == NULL)
             result = -1;
-        Py_XDECREF(done);
+        Py_XDECREF(called);
     }
     Py_XDECREF(releases);
     return result;
@@ -452,6 +465,8 @@ static PyObject *wire_attach(wire_t *self, PyObject *endpoint)
 static PyObject *wire_arm(wire_t *self, PyObject *unused)
 {
     (void)unused;
+    if (head_is_there(self))
+        Py_RETURN_FALSE; /* UCX has delivered it, and would tell of what comes behind it alone */
     ucs_status_t status = ucx.arm(self->worker);
     if (status != UCS_OK && status != UCS_ERR_BUSY)
         return raise_status(self, status);

@@ -496,6 +496,7 @@ class UcxChannel:
                 self._spin_misses = min(2 * self._spin_misses + 1, SPIN_SKIP_MAX)
                 self._spin_skip = self._spin_misses
                 return
+            os.sched_yield()  # this one lets other threads of the process run, too
         self._spin_misses = 0
         self._counters.spins += 1
         self._settle()
@@ -711,13 +712,15 @@ class UcxChannel:
         try:
             found = self._wire.poll(patience_ns)
             if found is None:
+                if self._wire.failed:
+                    self._fail()
                 return False
             self._active_ns = time.perf_counter_ns()
             self._take_messages(found)
             if self._filling or self._landing:
                 self._take_payloads()
             self._turns += 1
-            if self._turns % STRAYS_EVERY == 0:
+            if self._turns % STRAYS_EVERY == 0 and self._ending is None:
                 self._refuse_strays()
         except ProtocolError as error:
             self._give_up(error)

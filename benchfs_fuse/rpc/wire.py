@@ -9,6 +9,7 @@ the next poll: receives are posted anew when there is time, at a poll that finds
 missing. So whoever has got his answer does not wait for that.
 """
 
+import logging
 import os
 import time
 from collections import deque
@@ -21,6 +22,8 @@ from ..errors import ProtocolError
 from ..limits import BODY_MAX, INLINE_MAX, PAYLOAD_MAX
 from ..ports import Buffer
 from . import frames
+
+log = logging.getLogger(__name__)
 
 #: What is compiled of this module.
 COMPILED = Compiled(Path(__file__).parent, "_wire", "_wire.c")
@@ -76,7 +79,10 @@ class Wire(Protocol):
         ...
 
     def arm(self) -> bool:
-        """Have the worker's descriptor tell of what comes from now on; False: something has come."""
+        """Have the worker's descriptor tell of what comes from now on; False: there is something for ``poll`` already.
+
+        UCX tells of nothing twice: it is silent about what lies in a receive that ``poll`` has not come to so far.
+        """
         ...
 
     def stray(self) -> int:
@@ -210,6 +216,8 @@ class PlainWire:
 
     def arm(self) -> bool:
         """Have the worker's descriptor tell of what comes from now on."""
+        if self._is_there():
+            return False
         armed: bool = self._worker.arm()
         return armed
 
@@ -235,8 +243,11 @@ def load_compiled() -> Any:
     """Return the module ``_wire``, None where there is none. Once ucxx has loaded UCX, which it works on."""
     if COMPILED.usable() is None:
         return None
-    from . import _wire  # type: ignore[attr-defined]
-
+    try:
+        from . import _wire  # type: ignore[attr-defined]
+    except ImportError as error:  # this UCX lacks something
+        log.warning("the compiled wire is left out: %s", error)
+        return None
     return _wire
 
 
