@@ -72,6 +72,9 @@ HOLD_S = 0.1
 HOLDS_MAX = 100
 #: Seconds for the kernel to take an answer: the caller has to wake up for that. Nobody waits for this.
 TAKEN_S = 0.05
+#: Seconds that a lookup of a moved directory waits, at most, until the kernel has forgotten the old place: many times
+#: what that takes, unless the caller of the lookup holds a lock that is in the way, or a daemon is missing.
+LEAVE_S = 0.1
 #: What st_blksize advises: the longest request, so that cp(1) and its kind need one request for each MiB.
 BLOCK_SIZE_ADVISED = MIB
 #: Unit of statvfs(3), and of st_blocks (inode(7)).
@@ -266,6 +269,8 @@ class BenchfsOperations(pyfuse3.Operations):
         self._dropping = trio.CapacityLimiter(DROPS_MAX)
         #: What names stand for, for a moment, while the kernel looks them up again; see ``_hold``.
         self._held: dict[tuple[int, bytes], int] = {}
+        #: Directories that others have moved, while the kernel is told to forget where they were.
+        self._leaving: dict[int, trio.Event] = {}
         self.statistics = Statistics()
         self.bytes_read = self.bytes_written = 0
         #: Longest time for an operation, s.
@@ -396,30 +401,40 @@ class BenchfsOperations(pyfuse3.Operations):
             self._told_of(parent_inode).gone = True
             raise
         if attrs.is_dir:
-            self._leave_old_place(attrs.ino, place)
+            await self._leave_old_place(attrs.ino, place)
         return self._entry(await self._renewed(await self._files.fresh(attrs)), place)
 
-    def _leave_old_place(self, ino: int, place: tuple[int, bytes]) -> None:
+    async def _leave_old_place(self, ino: int, place: tuple[int, bytes]) -> None:
         """Have the kernel forget, soon, the place from which a directory was moved to another one by somebody else.
 
         A directory has one place in the kernel's cache of names. It moves it when it is told of the new one, but only
         if it gets the locks for that at once, which a rename under way keeps from it: ESTALE (__d_unalias of Linux'
-        fs/dcache.c). It asks once more then, and finds the old place forgotten. Not waited for: the old place's daemon
-        may be missing, and whoever holds the lock of a directory may wait for this answer.
+        fs/dcache.c). It asks once more then, and no third time: that answer waits until the old place is forgotten.
+        The first does not, and the second not for long: the old place's daemon may be missing, and whoever holds the
+        lock of a directory may wait for this answer.
         """
+        if (forgotten := self._leaving.get(ino)) is not None:
+            with trio.move_on_after(LEAVE_S):
+                await forgotten.wait()
+            forgotten.set()  # nobody else waits for what takes so long
+            return
         told = self._told.get(ino)
         if told is not None and told.place is not None and told.place[0] != place[0]:
-            self._nursery.start_soon(self._forget_place, *told.place)
+            self._leaving[ino] = trio.Event()
+            self._nursery.start_soon(self._forget_place, ino, *told.place)
 
-    async def _forget_place(self, parent: int, name: bytes) -> None:
+    async def _forget_place(self, ino: int, parent: int, name: bytes) -> None:
         """Have the kernel forget a name that stands for nothing any more; what stands there now may be mounted on."""
-        with contextlib.suppress(FsError):
-            try:
-                await self._namespace.lookup(parent, name)
-            except (NotFound, Stale):
-                await trio.to_thread.run_sync(
-                    _invalidate_name, parent, name, abandon_on_cancel=True, limiter=self._dropping
-                )
+        try:
+            with contextlib.suppress(FsError):
+                try:
+                    await self._namespace.lookup(parent, name)
+                except (NotFound, Stale):
+                    await trio.to_thread.run_sync(
+                        _invalidate_name, parent, name, abandon_on_cancel=True, limiter=self._dropping
+                    )
+        finally:
+            self._leaving.pop(ino).set()
 
     def _check_gone(self, parent: int) -> None:
         """Raise NotFound for a name in a directory of which the kernel knows already that it was removed.
