@@ -170,6 +170,7 @@ class _Told:
         "drops",
         "epoch",
         "gone",
+        "lookups",
         "permissions",
         "place",
         "removed",
@@ -192,6 +193,8 @@ class _Told:
         self.absent_epoch = 0
         #: Directory and name that led the kernel to this inode last.
         self.place: tuple[int, bytes] | None = None
+        #: How often a name has led it here since it forgot the inode.
+        self.lookups = 0
         #: Attributes of an inode that we removed: what somebody who is still in there gets to see.
         self.removed: Attrs | None = None
         #: A directory that somebody else removed, as the kernel was told by ESTALE.
@@ -305,6 +308,7 @@ class BenchfsOperations(pyfuse3.Operations):
                 told.data_epoch = 0
         if place is not None:
             told.place = place
+            told.lookups += 1
 
     def _shown(self, attrs: Attrs) -> EntryAttributes:
         """Turn attributes into what the kernel takes."""
@@ -449,13 +453,19 @@ class BenchfsOperations(pyfuse3.Operations):
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Forget what the kernel has forgotten. Raises nothing.
 
-        The counts are left alone: to forget an inode too early costs a cache, and the next answer remembers it again.
-        But an open file stays known: the kernel has its data, and will have to be told to drop it.
+        What it has been told of again since, by an answer that has overtaken this, stays: else the place of a directory
+        would not be known when somebody moves it. Not all answers are counted: to forget an inode too early costs a
+        cache, and the next answer remembers it again. But an open file stays known: the kernel has its data, and will
+        have to be told to drop it.
         """
-        for ino, _ in inode_list:
-            if not self._files.is_open(ino):
-                told = self._told.pop(ino, None)
-                if told is not None and told.removed is not None:
+        for ino, lookups in inode_list:
+            told = self._told.get(ino)
+            if told is None:
+                continue
+            told.lookups = max(0, told.lookups - lookups)
+            if not told.lookups and not self._files.is_open(ino):
+                del self._told[ino]
+                if told.removed is not None:
                     self._files.known.forget(ino)
 
     @guarded

@@ -808,6 +808,21 @@ async def test_the_kernel_forgets_from_where_a_directory_was_moved_elsewhere(ker
         assert kernel.forgotten == [(one, b"moved")]
 
 
+async def test_a_place_is_known_though_a_forget_comes_behind_a_newer_answer(kernel: Kernel) -> None:
+    async with whole_cluster() as whole, whole.client() as other:
+        async with operations(whole) as (ops, _, _):
+            one, two = [(await ops.mkdir(1, name, 0o755, CTX)).st_ino for name in (b"one", b"two")]
+            ino = (await ops.mkdir(one, b"moved", 0o755, CTX)).st_ino
+            await ops.lookup(one, b"moved", CTX)
+            await ops.forget([(ino, 1)])  # the kernel said so before it asked again
+            await other.fs.rename("/one/moved", "/two/moved")
+            await ops.lookup(two, b"moved", CTX)
+            await ops.forget([(ino, 2)])
+            await other.fs.rename("/two/moved", "/one/moved")
+            await ops.lookup(one, b"moved", CTX)  # which the kernel knows from nowhere else
+        assert kernel.forgotten == [(one, b"moved")]
+
+
 async def test_a_directory_that_was_moved_is_found_while_its_old_places_daemon_is_missing(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
 ) -> None:
