@@ -25,6 +25,12 @@ class Room(NamedTuple):
     packages: tuple[str, ...]
 
 
+#: All that roots may use, and what measures them too.
+_BELOW_ROOTS = (
+    *("pure", "instruments", "ports", "shared", "services", "twins"),
+    *("compiled", "adapters", "companion", "front", "machine"),
+)
+
 #: A module belongs to the first room that names it. Every room may import the standard library, less BANNED_IN.
 ROOMS = {
     "pure": Room(
@@ -128,22 +134,7 @@ ROOMS = {
             "quickcheck",
             "telling",
         ),
-        rooms=(
-            *(
-                "pure",
-                "ports",
-                "shared",
-                "services",
-                "twins",
-                "adapters",
-                "compiled",
-                "companion",
-                "front",
-                "machine",
-                "roots",
-            ),
-            *("instruments", "bench", "torture"),
-        ),
+        rooms=(*_BELOW_ROOTS, "roots", "bench", "torture"),
         packages=("trio", "msgspec", "rich", "matplotlib"),
     ),
     "torture": Room(  # what runs clusters to hurt them: processes, from outside
@@ -153,22 +144,7 @@ ROOMS = {
     ),
     "bench": Room(  # what measures: it uses whatever it measures
         modules=("bench.*",),
-        rooms=(
-            *(
-                "pure",
-                "ports",
-                "shared",
-                "services",
-                "twins",
-                "adapters",
-                "compiled",
-                "companion",
-                "front",
-                "machine",
-                "roots",
-            ),
-            *("instruments", "bench"),
-        ),
+        rooms=(*_BELOW_ROOTS, "roots", "bench"),
         packages=("trio", "msgspec", "rich", "matplotlib"),
     ),
 }

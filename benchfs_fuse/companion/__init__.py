@@ -32,6 +32,7 @@ CAP_EXPLICIT_INVAL_DATA = 1 << 25
 ATIME_NOW = 1 << 7
 MTIME_NOW = 1 << 8
 
+#: The library that this binds.
 LIBRARY = Compiled(Path(__file__).parent, "_library", "companion.c")
 
 
