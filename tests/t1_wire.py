@@ -45,7 +45,7 @@ class End(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """Be both ends, and what makes a third one's endpoint go."""
+    """Be both ends, and the UCX that they were made with."""
 
     here: End
     there: End
@@ -79,14 +79,16 @@ def ends(shared: bool, *, compiled: bool) -> Iterator[Ends]:
         wire = make_wire(ucx, worker, memoryview(bytearray(COUNT * size)), COUNT, CONTROL)
         wire.attach(endpoint)
         made.append(End(wire, worker))
-    yield Ends(made[0], made[1], ucx)
-    for end, endpoint in zip(made, endpoints, strict=True):
-        end.wire.cancel()
-        for _ in range(16):
-            end.worker.progress_once()
-        endpoint.close_blocking()
-        ucx.destroy(end.worker, endpoint)
-        end.wire.release()
+    try:
+        yield Ends(made[0], made[1], ucx)
+    finally:
+        for end, endpoint in zip(made, endpoints, strict=True):
+            end.wire.cancel()
+            for _ in range(16):
+                end.worker.progress_once()
+            endpoint.close_blocking()
+            ucx.destroy(end.worker, endpoint)
+            end.wire.release()
 
 
 def messages(rng: random.Random, count: int) -> Iterator[bytes]:
