@@ -27,8 +27,8 @@ import math
 import os
 import stat
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Generator, Iterator, Sequence
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast, overload
 
 import msgspec
 import pyfuse3
@@ -55,6 +55,7 @@ from .observe import recording
 from .observe.statistics import Statistics
 from .privileges import Who
 from .rpc.messages import TIME_NOW, TIME_OMIT
+from .services.deadline import Deadline, before_waiting
 from .services.file_locks import FileLocks
 from .services.files import Files, Handle
 from .services.namespace import Namespace, Page
@@ -105,7 +106,9 @@ _NO_NAMES: frozenset[bytes] = frozenset()
 Owner = tuple[int, LockKind]
 
 T = TypeVar("T")
-H = TypeVar("H", bound=Callable[..., Coroutine[Any, Any, Any]])
+P = ParamSpec("P")
+#: What handlers are methods of.
+O = TypeVar("O")  # noqa: E741
 
 
 def errno_of(error: Exception, what: str) -> int:
@@ -128,7 +131,23 @@ def _leaves(group: ExceptionGroup[Exception]) -> Iterator[Exception]:
             yield error
 
 
-def guarded(handler: H) -> H:
+@overload
+def guarded(
+    handler: Callable[Concatenate[O, P], Coroutine[Any, Any, "Shown"]],
+) -> Callable[Concatenate[O, P], Coroutine[Any, Any, EntryAttributes]]: ...
+@overload
+def guarded(
+    handler: Callable[Concatenate[O, P], Coroutine[Any, Any, "Created"]],
+) -> Callable[Concatenate[O, P], Coroutine[Any, Any, tuple[FileInfo, EntryAttributes]]]: ...
+@overload
+def guarded(
+    handler: Callable[Concatenate[O, P], Coroutine[Any, Any, "Opened"]],
+) -> Callable[Concatenate[O, P], Coroutine[Any, Any, FileInfo]]: ...
+@overload
+def guarded(
+    handler: Callable[Concatenate[O, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[O, P], Coroutine[Any, Any, T]]: ...
+def guarded(handler: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Coroutine[Any, Any, Any]]:
     """Let nothing but FUSEError and cancellation out of a handler: anything else would end pyfuse3's main loop.
 
     The operation has a deadline, whatever it waits for: its requests have each their own, and before them it may wait
@@ -139,13 +158,13 @@ def guarded(handler: H) -> H:
     patient = name in FLUSHING
 
     @functools.wraps(handler)
-    async def run(operations: "BenchfsOperations", *args: Any) -> Any:
+    async def guard(operations: Any, *args: Any) -> Any:
         started_ns = time.perf_counter_ns()
         recorder = recording.recorder
         operation = recorder.begin_operation(name, *operations.asked()) if recorder is not None else None
         error = 0
         try:
-            with trio.move_on_after(math.inf if patient else operations.timeout_s):
+            with Deadline(math.inf if patient else operations.timeout_s, lazily=operations.by_hand):
                 return await handler(operations, *args)
             raise DaemonUnreachable(f"{name} took longer than {operations.timeout_s} s")
         except Exception as failure:  # noqa: BLE001  the one place where everything is caught, and logged
@@ -156,7 +175,117 @@ def guarded(handler: H) -> H:
             if recorder is not None and operation is not None:
                 recorder.end_operation(operation, error)
 
-    return cast(H, run)
+    @functools.wraps(guard)
+    async def run(operations: Any, *args: Any) -> Any:
+        begun, operations.begun = operations.begun, None
+        if begun is not None:
+            assert begun.unique == operations.asked()[0], "pyfuse3 hears of the request whose handler was begun"
+        result = await (begun or guard(operations, *args))
+        return result.for_pyfuse3() if isinstance(result, Shown | Opened | Created) else result
+
+    return run
+
+
+class Shown(NamedTuple):
+    """Be what the kernel is told of an inode: attributes, and for how long (s) the name and they are good."""
+
+    attrs: Attrs
+    entry_timeout_s: float
+    attr_timeout_s: float
+
+    def for_pyfuse3(self) -> EntryAttributes:
+        """Return it as pyfuse3 takes it."""
+        attrs, entry = self.attrs, EntryAttributes()
+        entry.st_ino = attrs.ino
+        entry.generation = attrs.generation
+        entry.entry_timeout = self.entry_timeout_s
+        entry.attr_timeout = self.attr_timeout_s
+        entry.st_mode = attrs.mode
+        entry.st_nlink = attrs.nlink
+        entry.st_uid = attrs.uid
+        entry.st_gid = attrs.gid
+        entry.st_rdev = attrs.rdev
+        entry.st_size = attrs.size
+        entry.st_blksize = BLOCK_SIZE_ADVISED
+        entry.st_blocks = -(-attrs.allocated // BLOCKS_UNIT)
+        entry.st_atime_ns = attrs.atime_ns
+        entry.st_mtime_ns = attrs.mtime_ns
+        entry.st_ctime_ns = attrs.ctime_ns
+        return entry
+
+
+class Opened(NamedTuple):
+    """Be what the kernel is told of an open file."""
+
+    fh: int
+    direct_io: bool
+    keep_cache: bool
+
+    def for_pyfuse3(self) -> FileInfo:
+        """Return it as pyfuse3 takes it."""
+        return FileInfo(fh=self.fh, direct_io=self.direct_io, keep_cache=self.keep_cache)
+
+
+class Created(NamedTuple):
+    """Be what the kernel is told of a file that was made and opened."""
+
+    opened: Opened
+    shown: Shown
+
+    def for_pyfuse3(self) -> tuple[FileInfo, EntryAttributes]:
+        """Return it as pyfuse3 takes it."""
+        return self.opened.for_pyfuse3(), self.shown.for_pyfuse3()
+
+
+class Begun:
+    """Be a handler that was begun by hand and waits for something: who awaits this has it go on.
+
+    It must be awaited by the task and in the step in which it was begun: so nobody can tell the difference.
+    """
+
+    def __init__(self, unique: int, handler: Coroutine[Any, Any, Any], waits_for: Any) -> None:
+        self.unique = unique
+        self._handler = handler
+        self._waits_for = waits_for
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        """Go on until the handler has ended; return its result."""
+        handler, waits_for = self._handler, self._waits_for
+        while True:
+            try:
+                heard = yield waits_for
+            except BaseException as error:  # noqa: BLE001  for the handler to deal with
+                go_on = functools.partial(handler.throw, error)
+            else:
+                go_on = functools.partial(handler.send, heard)
+            try:
+                waits_for = go_on()
+            except StopIteration as done:
+                return done.value
+
+
+#: What ``begin`` says of a handler that waits for something; no errno.
+WAITS = -1
+
+
+def begin(operations: "BenchfsOperations", handler: Callable[..., Any], *args: Any) -> tuple[int, Any]:
+    """Let a ``guarded`` handler go as far as it gets without waiting; return its errno (0: none) and its own result.
+
+    WAITS: it has more to do, and will do it when pyfuse3 calls the handler for this request, which has to come next.
+    """
+    begun = handler.__wrapped__(operations, *args)  # type: ignore[attr-defined]
+    operations.by_hand = True
+    try:
+        waits_for = begun.send(None)
+    except StopIteration as done:
+        return 0, done.value
+    except FUSEError as error:
+        return error.errno, None
+    finally:
+        operations.by_hand = False
+    before_waiting()
+    operations.begun = Begun(operations.asked()[0], begun, waits_for)
+    return WAITS, None
 
 
 class _Told:
@@ -274,6 +403,10 @@ class BenchfsOperations(pyfuse3.Operations):
         self._held: dict[tuple[int, bytes], int] = {}
         #: Directories that others have moved, while the kernel is told to forget where they were.
         self._leaving: dict[int, trio.Event] = {}
+        #: The handler of the request that pyfuse3 is about to hear of, if it was begun before; see at_once.
+        self.begun: Begun | None = None
+        #: A handler is being begun by hand.
+        self.by_hand = False
         self.statistics = Statistics()
         self.bytes_read = self.bytes_written = 0
         #: Longest time for an operation, s.
@@ -290,7 +423,7 @@ class BenchfsOperations(pyfuse3.Operations):
 
     # ── attributes and names ─────────────────────────────────────────────────────────────────────────────────────────
 
-    def _entry(self, attrs: Attrs, place: tuple[int, bytes] | None = None) -> EntryAttributes:
+    def _entry(self, attrs: Attrs, place: tuple[int, bytes] | None = None) -> Shown:
         """Turn attributes into what the kernel is told, and remember that it was; ``place`` is what they answer."""
         self._remember(attrs, place)
         return self._shown(attrs)
@@ -310,24 +443,8 @@ class BenchfsOperations(pyfuse3.Operations):
             told.place = place
             told.lookups += 1
 
-    def _shown(self, attrs: Attrs) -> EntryAttributes:
-        """Turn attributes into what the kernel takes."""
-        entry = EntryAttributes()
-        entry.st_ino = attrs.ino
-        entry.generation = attrs.generation
-        entry.entry_timeout = entry.attr_timeout = self._cache_timeout_s
-        entry.st_mode = attrs.mode
-        entry.st_nlink = attrs.nlink
-        entry.st_uid = attrs.uid
-        entry.st_gid = attrs.gid
-        entry.st_rdev = attrs.rdev
-        entry.st_size = attrs.size
-        entry.st_blksize = BLOCK_SIZE_ADVISED
-        entry.st_blocks = -(-attrs.allocated // BLOCKS_UNIT)
-        entry.st_atime_ns = attrs.atime_ns
-        entry.st_mtime_ns = attrs.mtime_ns
-        entry.st_ctime_ns = attrs.ctime_ns
-        return entry
+    def _shown(self, attrs: Attrs) -> Shown:
+        return Shown(attrs, self._cache_timeout_s, self._cache_timeout_s)
 
     def _granted(self, capability: int) -> bool:
         return self._companion is not None and bool(self._companion.granted & capability)
@@ -337,7 +454,8 @@ class BenchfsOperations(pyfuse3.Operations):
         told = self._told.get(attrs.ino)
         if (
             told is not None
-            and told.data_epoch not in (0, self._epoch(attrs.ino))
+            and told.data_epoch
+            and told.data_epoch != self._epoch(attrs.ino)
             and self._granted(CAP_EXPLICIT_INVAL_DATA)
         ):
             await self._drop_data(attrs.ino)
@@ -385,7 +503,7 @@ class BenchfsOperations(pyfuse3.Operations):
         return told
 
     @guarded
-    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> Shown:
         """Find a name, also ``.`` and ``..`` (for file handles of NFS servers)."""
         if name == b".":
             return self._entry(await self._files.getattr(parent_inode))
@@ -418,6 +536,7 @@ class BenchfsOperations(pyfuse3.Operations):
         lock of a directory may wait for this answer.
         """
         if (forgotten := self._leaving.get(ino)) is not None:
+            before_waiting()
             with trio.move_on_after(LEAVE_S):
                 await forgotten.wait()
             forgotten.set()  # nobody else waits for what takes so long
@@ -469,7 +588,7 @@ class BenchfsOperations(pyfuse3.Operations):
                     self._files.known.forget(ino)
 
     @guarded
-    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+    async def getattr(self, inode: int, ctx: RequestContext) -> Shown:
         """Return attributes; of what we removed and somebody still stands in, the last ones, with no link.
 
         Data that changed elsewhere is dropped before the answer, so that nobody reads it who has seen the new size. But
@@ -479,12 +598,9 @@ class BenchfsOperations(pyfuse3.Operations):
         The kernel forgets what a directory is like whenever it changes something in it, though the answer to that said
         so: what a daemon has said within the time-out is good for the rest of it.
         """
-        known, age_s = self._files.known.get(inode), self._files.known.age_s(inode)
+        if (directory := self._directory_now(inode)) is not None:
+            return directory
         told = self._told_of(inode)
-        if known is not None and known.is_dir and age_s < self._cache_timeout_s and told.removed is None:
-            entry = self._entry(known)
-            entry.attr_timeout = self._cache_timeout_s - age_s
-            return entry
         try:
             attrs = await self._files.getattr(inode)
             if told.permissions in (None, (attrs.mode, attrs.uid, attrs.gid)):
@@ -495,10 +611,20 @@ class BenchfsOperations(pyfuse3.Operations):
             attrs = told.removed
         return self._entry(attrs)
 
+    def _directory_now(self, ino: int) -> Shown | None:
+        """Return what the kernel is told of a directory without asking anybody, None if it has to be asked for."""
+        if not self._cache_timeout_s:
+            return None
+        known, age_s = self._files.known.get(ino), self._files.known.age_s(ino)
+        if known is None or not known.is_dir or age_s >= self._cache_timeout_s or self._is_removed(ino):
+            return None
+        self._remember(known, None)
+        return Shown(known, self._cache_timeout_s, self._cache_timeout_s - age_s)
+
     @guarded
     async def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
-    ) -> EntryAttributes:
+    ) -> Shown:
         """Change attributes. UTIME_NOW is the daemon's now, as the companion tells it from other times.
 
         ftruncate(2), which has a handle, always sets the times; truncate(2) only if the size changes.
@@ -556,7 +682,7 @@ class BenchfsOperations(pyfuse3.Operations):
 
     async def _make(
         self, parent: int, name: bytes, mode: int, ctx: RequestContext, *, rdev: int = 0, target: bytes = b""
-    ) -> EntryAttributes:
+    ) -> Shown:
         self._check_gone(parent)
         umask = 0 if target else self._umask(ctx)
         attrs = await self._namespace.make(parent, name, mode, ctx.uid, ctx.gid, rdev=rdev, target=target, umask=umask)
@@ -567,23 +693,23 @@ class BenchfsOperations(pyfuse3.Operations):
         """Return what is left to the daemon to take from a mode, which knows whether a default ACL goes first."""
         return ctx.umask & 0o777 if self._granted(CAP_DONT_MASK) else 0
 
-    def _new(self, parent: int, name: bytes, attrs: Attrs) -> EntryAttributes:
+    def _new(self, parent: int, name: bytes, attrs: Attrs) -> Shown:
         """Tell of an inode that was just made here."""
         self._changed(parent)
         return self._entry(attrs, (parent, name))
 
     @guarded
-    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
+    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> Shown:
         """Make a file, FIFO, socket or device."""
         return await self._make(parent_inode, name, mode, ctx, rdev=rdev)
 
     @guarded
-    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> Shown:
         """Make a directory."""
         return await self._make(parent_inode, name, stat.S_IFDIR | stat.S_IMODE(mode), ctx)
 
     @guarded
-    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> Shown:
         """Make a symbolic link."""
         return await self._make(parent_inode, name, stat.S_IFLNK | 0o777, ctx, target=target)
 
@@ -608,7 +734,7 @@ class BenchfsOperations(pyfuse3.Operations):
             told.removed = msgspec.structs.replace(attrs, nlink=0, ctime_ns=now_ns)
 
     @guarded
-    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
+    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> Shown:
         """Give an inode another name."""
         self._check_gone(new_parent_inode)
         attrs = await self._namespace.link(inode, new_parent_inode, new_name)
@@ -649,7 +775,7 @@ class BenchfsOperations(pyfuse3.Operations):
     # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @guarded
-    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> Opened:
         """Open a file. One that has vanished answers ESTALE: the kernel then looks the name up again, once."""
         told = self._told_of(inode)
         truncated = inode if flags & os.O_TRUNC else 0
@@ -673,7 +799,7 @@ class BenchfsOperations(pyfuse3.Operations):
             keep_cache = told.data_epoch == epoch
             if told.data_epoch == 0 and not handle.append:
                 told.data_epoch = epoch
-        return self._file_info(handle, keep_cache)
+        return self._opened(handle, keep_cache)
 
     async def _open(self, ino: int, flags: int, who: Who) -> Handle:
         """Open a file and have the kernel drop data that has changed elsewhere.
@@ -732,9 +858,7 @@ class BenchfsOperations(pyfuse3.Operations):
             await self._files.release(handle)
 
     @guarded
-    async def create(
-        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
-    ) -> tuple[FileInfo, EntryAttributes]:
+    async def create(self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext) -> Created:
         """Make a file and open it.
 
         A file that another mount made meanwhile is not opened here, where the kernel would check no permissions:
@@ -747,6 +871,7 @@ class BenchfsOperations(pyfuse3.Operations):
             try:
                 await self._sync_names()
             except BaseException:
+                before_waiting()
                 with trio.CancelScope(shield=True):
                     await self._files.release(handle)
                 raise
@@ -758,14 +883,14 @@ class BenchfsOperations(pyfuse3.Operations):
             if flags & os.O_EXCL:
                 raise
             raise Stale("made elsewhere meanwhile") from None
-        entry = self._new(parent_inode, name, handle.node.attrs)
+        shown = self._new(parent_inode, name, handle.node.attrs)
         self._told_of(handle.ino).data_epoch = 0 if handle.append else self._epoch(handle.ino)
-        return self._file_info(handle, keep_cache=True), entry
+        return Created(self._opened(handle, keep_cache=True), shown)
 
-    def _file_info(self, handle: Handle, keep_cache: bool) -> FileInfo:
+    def _opened(self, handle: Handle, keep_cache: bool) -> Opened:
         self._last_fh += 1
         self._handles[self._last_fh] = handle
-        return FileInfo(fh=self._last_fh, direct_io=handle.append, keep_cache=keep_cache)
+        return Opened(self._last_fh, handle.append, keep_cache)
 
     def handle(self, fh: int) -> Handle:
         """Return an open file. BadHandle."""
@@ -843,6 +968,16 @@ class BenchfsOperations(pyfuse3.Operations):
                 owners.discard(locker)  # what this process locks from now on has nothing to do with that handle
         async with self._unlocking(handle.ino, {locker}):
             await self._files.flush(handle)
+
+    def flush_now(self, fh: int, owner: int) -> bool:
+        """Tell whether ``flush_for`` has nothing to do."""
+        handle = self._handles.get(fh)
+        if handle is None or not self._files.is_flushed(handle):
+            return False
+        locker = (owner, LockKind.POSIX)
+        return (self._locks is None or not self._locks.knows(handle.ino, *locker)) and not any(
+            locker in owners for owners in self._owners.values()
+        )
 
     @contextlib.asynccontextmanager
     async def _unlocking(self, ino: int, owners: Collection[Owner]) -> AsyncIterator[None]:
@@ -972,7 +1107,7 @@ class BenchfsOperations(pyfuse3.Operations):
                     continue
                 assert entry.attrs is not None, "the name space fills in all attributes"
                 attrs = await self._files.fresh(entry.attrs)
-                if not pyfuse3.readdir_reply(token, entry.name, self._shown(attrs), entry.cookie):
+                if not pyfuse3.readdir_reply(token, entry.name, self._shown(attrs).for_pyfuse3(), entry.cookie):
                     return
                 self._remember(attrs, (listing.ino, entry.name))
             if page.end:
@@ -1015,25 +1150,33 @@ class BenchfsOperations(pyfuse3.Operations):
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         """Return an extended attribute. ENOSYS, where they are off, has the kernel never ask again."""
         self._check_xattr()
+        if self.lacks(inode, name):
+            raise NoAttribute(str(name))
         if name not in _ASKED_OFTEN:
             return await self._getxattr(inode, name)
         self.absent_asked += 1
-        attrs = self._files.known.get(inode)
-        if attrs is not None and not attrs.xattrs:
-            self.absent_known += 1
-            raise NoAttribute(str(name))
         told, epoch = self._told_of(inode), self._epoch(inode)
         if told.absent_epoch != epoch:
             told.absent, told.absent_epoch = _NO_NAMES, epoch
-        if name in told.absent and epoch:
-            self.absent_known += 1
-            raise NoAttribute(str(name))
         try:
             return await self._getxattr(inode, name)
         except NoAttribute:
             if told.absent_epoch == epoch:
                 told.absent |= {name}
             raise
+
+    def lacks(self, ino: int, name: bytes) -> bool:
+        """Tell whether an inode is known not to have an attribute that the kernel asks for often, and count that."""
+        if name not in _ASKED_OFTEN or not self._xattr:
+            return False
+        attrs = self._files.known.get(ino)
+        if attrs is None or attrs.xattrs:
+            told, epoch = self._told_of(ino), self._epoch(ino)
+            if not epoch or told.absent_epoch != epoch or name not in told.absent:
+                return False
+        self.absent_asked += 1
+        self.absent_known += 1
+        return True
 
     async def _getxattr(self, ino: int, name: bytes) -> bytes:
         try:

@@ -115,6 +115,7 @@ class Mount:
     async def run(self) -> None:
         """Mount and serve until unmounted or signalled. UserError, alone or in a group, when that does not work."""
         from . import fuse
+        from .at_once import AtOnce
         from .extras import Extras
 
         settings = self._options.settings.mount
@@ -148,7 +149,7 @@ class Mount:
             serve = fuse.serve
             if library is not None and interrupts is not None:
                 extras = Extras(library, operations, session.files, locks, interrupts, xattr=settings.xattr)
-                prepare(library, extras.hooks())
+                prepare(library, AtOnce(library, operations, session.files).hooks(extras.hooks()))
                 serve = functools.partial(extras.serve, fuse.serve)
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 self._mount(operations, session)

@@ -99,7 +99,7 @@ ROOMS = {
         packages=(),
     ),
     "front": Room(  # adapters that call the services, where the others are called by them
-        modules=("fuse", "callers", "extras", "interrupts"),
+        modules=("fuse", "at_once", "callers", "extras", "interrupts"),
         rooms=("pure", "instruments", "ports", "services", "companion", "front"),
         packages=("trio", "msgspec", "pyfuse3"),
     ),

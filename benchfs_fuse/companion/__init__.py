@@ -32,6 +32,9 @@ CAP_EXPLICIT_INVAL_DATA = 1 << 25
 ATIME_NOW = 1 << 7
 MTIME_NOW = 1 << 8
 
+#: Longest answer that is given at once, bytes.
+ANSWER_MAX = 256
+
 #: The library that this binds.
 LIBRARY = Compiled(Path(__file__).parent, "_library", "companion.c")
 
@@ -41,6 +44,7 @@ class Request(ctypes.Structure):
 
     ``unique`` names it in the kernel's protocol. ``flags`` are those of SETATTR, WRITE and RELEASE; ``lock_owner`` is
     that of FLUSH and RELEASE. ``pid`` is the thread that sent it; 0: the kernel itself, or one that cannot be seen.
+    ``umask`` is that of CREATE and MKDIR.
     ``received_ns``: CLOCK_MONOTONIC, as time.perf_counter_ns gives it, when it had been read from the kernel.
     """
 
@@ -50,6 +54,9 @@ class Request(ctypes.Structure):
     opcode: int
     flags: int
     pid: int
+    uid: int
+    gid: int
+    umask: int
     _fields_ = (
         ("unique", ctypes.c_uint64),
         ("lock_owner", ctypes.c_uint64),
@@ -57,6 +64,9 @@ class Request(ctypes.Structure):
         ("opcode", ctypes.c_uint32),
         ("flags", ctypes.c_uint32),
         ("pid", ctypes.c_uint32),
+        ("uid", ctypes.c_uint32),
+        ("gid", ctypes.c_uint32),
+        ("umask", ctypes.c_uint32),
     )
 
 
@@ -64,12 +74,16 @@ class _Wishes(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint32) for name in ("want", "unwanted", "max_background", "congestion_threshold"))
 
 
+class _Data(ctypes.Structure):
+    _fields_ = (("at", ctypes.c_void_p), ("size", ctypes.c_uint64))
+
+
 class _Granted(ctypes.Structure):
     want: int
     _fields_ = tuple((name, ctypes.c_uint32) for name in ("capable", "want", "proto_minor"))
 
 
-_U64, _I64, _INT = ctypes.c_uint64, ctypes.c_int64, ctypes.c_int
+_U64, _I64, _U32, _INT = ctypes.c_uint64, ctypes.c_int64, ctypes.c_uint32, ctypes.c_int
 _PROTOTYPES = {
     "fallocate": ctypes.CFUNCTYPE(None, _U64, _U64, _INT, _I64, _I64),
     "lseek": ctypes.CFUNCTYPE(None, _U64, _U64, _I64, _INT),
@@ -78,7 +92,23 @@ _PROTOTYPES = {
     "setlk": ctypes.CFUNCTYPE(None, _U64, _U64, _U64, _U64, _INT, _INT, _I64, _I64, _INT, _INT, _U64),
     "setxattr": ctypes.CFUNCTYPE(None, _U64, _U64, ctypes.c_char_p, ctypes.c_void_p, _U64, _INT, ctypes.c_uint32),
     "interrupt": ctypes.CFUNCTYPE(None, _U64),
+    "lookup_now": ctypes.CFUNCTYPE(_INT, _U64, ctypes.c_char_p),
+    "getattr_now": ctypes.CFUNCTYPE(_INT, _U64),
+    "setattr_now": ctypes.CFUNCTYPE(_INT, _U64, ctypes.c_void_p),
+    "mkdir_now": ctypes.CFUNCTYPE(_INT, _U64, ctypes.c_char_p, _U32),
+    "unlink_now": ctypes.CFUNCTYPE(_INT, _U64, ctypes.c_char_p),
+    "rmdir_now": ctypes.CFUNCTYPE(_INT, _U64, ctypes.c_char_p),
+    "rename_now": ctypes.CFUNCTYPE(_INT, _U64, ctypes.c_char_p, _U64, ctypes.c_char_p, _U32),
+    "open_now": ctypes.CFUNCTYPE(_INT, _U64, _U32),
+    "create_now": ctypes.CFUNCTYPE(_INT, _U64, ctypes.c_char_p, _U32, _U32),
+    "read_now": ctypes.CFUNCTYPE(_INT, _U64, _U64, _U32),
+    "write_now": ctypes.CFUNCTYPE(_INT, _U64, _U64, ctypes.c_void_p, _U32),
+    "flush_now": ctypes.CFUNCTYPE(_INT, _U64, _U64),
+    "release_now": ctypes.CFUNCTYPE(_INT, _U64),
+    "getxattr_now": ctypes.CFUNCTYPE(_INT, _U64, ctypes.c_char_p),
 }
+#: What a hook says that leaves a request to pyfuse3.
+LEAVE = 0
 
 
 class _Hooks(ctypes.Structure):
@@ -107,6 +137,37 @@ class Hooks(NamedTuple):
     #: (unique): the caller of a request was sent a signal. No answer.
     interrupt: Callable[[int], None] | None = None
 
+    # Answers before pyfuse3 hears of a request: one more than the bytes that lie in ``Companion.answer``, -errno, or
+    # LEAVE. ``Companion.request`` says who asks. What lies at an address is the library's again when the hook returns.
+    #: (directory, name)
+    lookup_now: Callable[[int, bytes], int] | None = None
+    #: (inode)
+    getattr_now: Callable[[int], int] | None = None
+    #: (inode, address of struct fuse_setattr_in)
+    setattr_now: Callable[[int, int], int] | None = None
+    #: (directory, name, mode)
+    mkdir_now: Callable[[int, bytes, int], int] | None = None
+    #: (directory, name)
+    unlink_now: Callable[[int, bytes], int] | None = None
+    #: (directory, name)
+    rmdir_now: Callable[[int, bytes], int] | None = None
+    #: (directory, name, new directory, new name, flags)
+    rename_now: Callable[[int, bytes, int, bytes, int], int] | None = None
+    #: (inode, flags)
+    open_now: Callable[[int, int], int] | None = None
+    #: (directory, name, mode, flags)
+    create_now: Callable[[int, bytes, int, int], int] | None = None
+    #: (fh, offset, size)
+    read_now: Callable[[int, int, int], int] | None = None
+    #: (fh, offset, address, size)
+    write_now: Callable[[int, int, int, int], int] | None = None
+    #: (fh, owner)
+    flush_now: Callable[[int, int], int] | None = None
+    #: (fh)
+    release_now: Callable[[int], int] | None = None
+    #: (inode, name)
+    getxattr_now: Callable[[int, bytes], int] | None = None
+
 
 class Companion:
     """Be the loaded library. One per process, as it is one session per process."""
@@ -117,6 +178,9 @@ class Companion:
         self._wishes = _Wishes.in_dll(library, "benchfs_wishes")
         self._granted = _Granted.in_dll(library, "benchfs_granted")
         self.request = Request.in_dll(library, "benchfs_request")
+        #: Where hooks that answer at once put their answers, as linux/fuse.h has them.
+        self.answer = memoryview((ctypes.c_char * ANSWER_MAX).in_dll(library, "benchfs_answer")).cast("B")
+        self._data = _Data.in_dll(library, "benchfs_data")
         self._callbacks: list[Any] = []
         self._reply_err = _function(library, "fuse_reply_err", _U64, _INT)
         self._reply_write = _function(library, "fuse_reply_write", _U64, ctypes.c_size_t)
@@ -178,6 +242,11 @@ class Companion:
         if error not in (0, errno.ENOENT):
             raise OSError(error, os.strerror(error))
 
+    def append(self, data: memoryview) -> None:
+        """Add data to the answer that is given at once; it is the caller's again when the hook has returned."""
+        if len(data):
+            self._data.at, self._data.size = ctypes.addressof(ctypes.c_char.from_buffer(data)), len(data)
+
     def reply_error(self, request: int, error: int) -> None:
         """Answer with an errno, or 0."""
         self._reply_err(request, error)
@@ -194,6 +263,11 @@ class Companion:
         """Answer which lock stands in the way (``kind`` F_UNLCK: none)."""
         # struct flock of fcntl(2) where off_t has 64 bits, aligned.
         self._reply_lock(request, struct.pack("@hhqqi", kind, os.SEEK_SET, start, length, pid))
+
+
+def copied(address: int, size: int) -> bytes:
+    """Return a copy of what lies at an address that a hook was given."""
+    return ctypes.string_at(address, size)
 
 
 def _function(library: ctypes.CDLL, name: str, *arguments: Any) -> Any:

@@ -1,13 +1,14 @@
 /* Complete libfuse for a Python file system: what pyfuse3 leaves out, without touching pyfuse3.
  *
  * This library is loaded with RTLD_GLOBAL before pyfuse3. The dynamic linker then binds pyfuse3's calls of
- * fuse_session_new and fuse_session_process_buf to the functions below, which do their part and call
+ * fuse_session_new and fuse_session_receive_buf to the functions below, which do their part and call
  * libfuse's own (found by RTLD_NEXT). libfuse's calls of itself are not affected: only what pyfuse3 calls passes here.
  *
  *   fuse_session_new          adds the operations that pyfuse3 has no handlers for, and wraps init, where capabilities
  *                             and limits of the connection are settled
- *   fuse_session_receive_buf  reads without waiting: pyfuse3's loop waits for the kernel elsewhere, and would stand still
- *   fuse_session_process_buf  notes, of the raw request that is about to be handled, what libfuse does not hand on
+ *   fuse_session_receive_buf  reads without waiting: pyfuse3's loop waits for the kernel elsewhere, and would stand still;
+ *                             notes, of the raw request that is about to be handled, what libfuse does not hand on;
+ *                             answers at once what a hook can answer, and reads on: neither libfuse nor pyfuse3 see that
  *
  * An added operation calls a function of Python's (struct benchfs_hooks, filled in through ctypes), which answers with
  * libfuse's fuse_reply_* when it has the answer. Everything runs in the one thread of pyfuse3's loop, which holds the
@@ -23,11 +24,13 @@
 #include <fcntl.h>
 #include <fuse_lowlevel.h>
 #include <linux/fuse.h>
+#include <sched.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
 #include <sys/file.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #define PUBLIC __attribute__((visibility("default")))
@@ -55,6 +58,9 @@ struct benchfs_request {
 	uint32_t opcode;
 	uint32_t flags;
 	uint32_t pid;
+	uint32_t uid;
+	uint32_t gid;
+	uint32_t umask;
 };
 
 /* Functions of Python's. A null hook leaves its operation out (ENOSYS: the kernel never asks again). */
@@ -69,7 +75,33 @@ struct benchfs_hooks {
 	void (*setxattr)(fuse_req_t, uint64_t ino, const char *name, const char *value, uint64_t size, int flags,
 			 uint32_t uid);
 	void (*interrupt)(uint64_t unique);
+	/* Answers at once: one more than the bytes of the answer that lie in benchfs_answer, -errno, or LEAVE. Who asks, and
+	 * his umask, are in benchfs_request. */
+	int (*lookup_now)(uint64_t parent, const char *name);
+	int (*getattr_now)(uint64_t ino);
+	int (*setattr_now)(uint64_t ino, const struct fuse_setattr_in *change);
+	int (*mkdir_now)(uint64_t parent, const char *name, uint32_t mode);
+	int (*unlink_now)(uint64_t parent, const char *name);
+	int (*rmdir_now)(uint64_t parent, const char *name);
+	int (*rename_now)(uint64_t parent, const char *name, uint64_t new_parent, const char *new_name, uint32_t flags);
+	int (*open_now)(uint64_t ino, uint32_t flags);
+	int (*create_now)(uint64_t parent, const char *name, uint32_t mode, uint32_t flags);
+	int (*read_now)(uint64_t fh, uint64_t offset, uint32_t size);
+	int (*write_now)(uint64_t fh, uint64_t offset, const void *data, uint32_t size);
+	int (*flush_now)(uint64_t fh, uint64_t owner);
+	int (*release_now)(uint64_t fh);
+	int (*getxattr_now)(uint64_t ino, const char *name);
 };
+
+/* A hook leaves a request to libfuse. */
+#define LEAVE 0
+/* Nanoseconds in which requests are answered one after the other before the rest of the process has its turn. */
+#define TURN_NS 500000
+/* Nanoseconds to wait for the next request behind an answer, and after which a look says that others need the processor
+ * more; times left out after waits in vain. */
+#define SOON_NS 50000
+#define CONTENDED_NS 1000000
+#define MISSED_MAX 15
 
 /* Who sent the latest requests: the kernel numbers them in steps of 2. */
 #define ASKED_MAX 8192
@@ -85,6 +117,12 @@ PUBLIC struct benchfs_wishes benchfs_wishes;
 PUBLIC struct benchfs_granted benchfs_granted;
 PUBLIC struct benchfs_request benchfs_request;
 PUBLIC struct benchfs_hooks benchfs_hooks;
+/* What hooks answer at once: this, and data behind it. */
+PUBLIC char benchfs_answer[256];
+PUBLIC struct {
+	const void *at;
+	uint64_t size;
+} benchfs_data;
 static struct fuse_lowlevel_ops completed;
 static void (*wrapped_init)(void *, struct fuse_conn_info *);
 static struct fuse_session *session;
@@ -204,20 +242,30 @@ PUBLIC struct fuse_session *fuse_session_new_versioned(struct fuse_args *args, c
 	return session;
 }
 
+/* The time of CLOCK_MONOTONIC. */
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
 /* Note what a handler may want to know of its request: pyfuse3 starts the handler before the next one is read. */
 static void note(const struct fuse_in_header *in, size_t size)
 {
 	const void *body = in + 1;
 	size_t left = size - sizeof *in;
-	struct timespec now;
 
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	benchfs_request.received_ns = (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+	benchfs_request.received_ns = now_ns();
 	if (in->opcode != FUSE_INTERRUPT) { /* which is numbered like the request that it interrupts, but for a bit */
 		asked[in->unique / 2 % ASKED_MAX].unique = in->unique;
 		asked[in->unique / 2 % ASKED_MAX].pid = in->pid;
 	}
 	benchfs_request.pid = in->pid;
+	benchfs_request.uid = in->uid;
+	benchfs_request.gid = in->gid;
+	benchfs_request.umask = 0;
 	benchfs_request.unique = in->unique;
 	benchfs_request.opcode = in->opcode;
 	benchfs_request.flags = 0;
@@ -237,12 +285,162 @@ static void note(const struct fuse_in_header *in, size_t size)
 	}
 }
 
+/* Return the string that a part of a request begins with, null if it does not end in there. */
+static const char *name_in(const char *part, const char *end)
+{
+	return part < end && memchr(part, 0, end - part) ? part : NULL;
+}
+
+/* Have a hook answer a request that is a name alone. */
+static int answer_by_name(const struct fuse_in_header *in, const char *body, const char *end)
+{
+	const struct benchfs_hooks *hooks = &benchfs_hooks;
+	const char *name = name_in(body, end);
+
+	if (!name)
+		return LEAVE;
+	if (in->opcode == FUSE_LOOKUP && hooks->lookup_now)
+		return hooks->lookup_now(in->nodeid, name);
+	if (in->opcode == FUSE_UNLINK && hooks->unlink_now)
+		return hooks->unlink_now(in->nodeid, name);
+	if (in->opcode == FUSE_RMDIR && hooks->rmdir_now)
+		return hooks->rmdir_now(in->nodeid, name);
+	return LEAVE;
+}
+
+/* Have a hook answer a request; LEAVE if none does. */
+static int answer_of(const struct fuse_in_header *in, size_t size)
+{
+	const struct benchfs_hooks *hooks = &benchfs_hooks;
+	const char *body = (const char *)(in + 1), *end = (const char *)in + size, *name, *new_name;
+
+/* Let a variable be what a request begins with, behind the header, and `rest` what follows; or leave the request. */
+#define ARGUMENT(type, variable) \
+	const struct type *variable = (const void *)body; \
+	const char *rest = body + sizeof *variable; \
+	if (rest > end) \
+		return LEAVE
+
+	switch (in->opcode) {
+	case FUSE_GETATTR:
+		return hooks->getattr_now ? hooks->getattr_now(in->nodeid) : LEAVE;
+	case FUSE_SETATTR: {
+		ARGUMENT(fuse_setattr_in, change);
+		return hooks->setattr_now ? hooks->setattr_now(in->nodeid, change) : LEAVE;
+	}
+	case FUSE_GETXATTR: {
+		ARGUMENT(fuse_getxattr_in, get);
+		(void)get;
+		name = name_in(rest, end);
+		return name && hooks->getxattr_now ? hooks->getxattr_now(in->nodeid, name) : LEAVE;
+	}
+	case FUSE_OPEN: {
+		ARGUMENT(fuse_open_in, open);
+		return hooks->open_now ? hooks->open_now(in->nodeid, open->flags) : LEAVE;
+	}
+	case FUSE_CREATE: {
+		ARGUMENT(fuse_create_in, create);
+		benchfs_request.umask = create->umask;
+		name = name_in(rest, end);
+		return name && hooks->create_now ? hooks->create_now(in->nodeid, name, create->mode, create->flags) : LEAVE;
+	}
+	case FUSE_MKDIR: {
+		ARGUMENT(fuse_mkdir_in, make);
+		benchfs_request.umask = make->umask;
+		name = name_in(rest, end);
+		return name && hooks->mkdir_now ? hooks->mkdir_now(in->nodeid, name, make->mode) : LEAVE;
+	}
+	case FUSE_RENAME2: {
+		ARGUMENT(fuse_rename2_in, rename);
+		name = name_in(rest, end);
+		new_name = name ? name_in(name + strlen(name) + 1, end) : NULL;
+		return new_name && hooks->rename_now ?
+			       hooks->rename_now(in->nodeid, name, rename->newdir, new_name, rename->flags) :
+			       LEAVE;
+	}
+	case FUSE_READ: {
+		ARGUMENT(fuse_read_in, read);
+		return hooks->read_now ? hooks->read_now(read->fh, read->offset, read->size) : LEAVE;
+	}
+	case FUSE_WRITE: {
+		ARGUMENT(fuse_write_in, write);
+		return hooks->write_now && (size_t)(end - rest) == write->size ?
+			       hooks->write_now(write->fh, write->offset, rest, write->size) :
+			       LEAVE;
+	}
+	case FUSE_FLUSH: {
+		ARGUMENT(fuse_flush_in, flush);
+		return hooks->flush_now ? hooks->flush_now(flush->fh, flush->lock_owner) : LEAVE;
+	}
+	case FUSE_RELEASE: {
+		ARGUMENT(fuse_release_in, release);
+		return hooks->release_now ? hooks->release_now(release->fh) : LEAVE;
+	}
+	}
+#undef ARGUMENT
+	return answer_by_name(in, body, end);
+}
+
+/* Answer a request if that can be done at once; tell whether it was. Who asked may have gone: then nobody misses it. */
+static int answered(struct fuse_session *se, const struct fuse_buf *buf)
+{
+	const struct fuse_in_header *in = buf->mem;
+	struct fuse_out_header out = { .len = sizeof out };
+	struct iovec parts[3] = { { &out, sizeof out }, { benchfs_answer, 0 }, { NULL, 0 } };
+	int answer;
+
+	if (buf->flags & FUSE_BUF_IS_FD || buf->size < sizeof *in)
+		return 0;
+	note(in, buf->size);
+	benchfs_data.size = 0;
+	answer = answer_of(in, buf->size);
+	if (answer == LEAVE)
+		return 0;
+	out.unique = in->unique;
+	if (answer < 0) {
+		out.error = answer;
+	} else {
+		parts[1].iov_len = answer - 1;
+		parts[2].iov_base = (void *)benchfs_data.at;
+		parts[2].iov_len = benchfs_data.size;
+		out.len += parts[1].iov_len + parts[2].iov_len;
+	}
+	while (writev(fuse_session_fd(se), parts, 3) < 0 && errno == EINTR)
+		;
+	return 1;
+}
+
+/* Wait a little for the next request: whoever was answered often goes on with another one, and to sleep and be woken
+ * takes longer than that. Where it was in vain, the next times are left out. */
+static int read_soon(int (*next)(struct fuse_session *, struct fuse_buf *), struct fuse_session *se,
+		     struct fuse_buf *buf)
+{
+	static int missed, left_out;
+	uint64_t before, now = now_ns(), end = now + SOON_NS;
+	int received = -EAGAIN;
+
+	if (left_out < missed) {
+		left_out++;
+		return received;
+	}
+	do {
+		before = now;
+		sched_yield();
+		received = next(se, buf);
+		now = now_ns();
+	} while (received == -EAGAIN && now < end && now - before < CONTENDED_NS);
+	missed = received != -EAGAIN ? 0 : missed < MISSED_MAX ? 2 * missed + 1 : missed;
+	left_out = 0;
+	return received;
+}
+
 /* Read a request, if there still is one: the kernel takes back those of callers that are killed. A read that waited for
  * the next one would hold up all of pyfuse3's loop. -EINTR has the loop wait for the kernel again. */
 PUBLIC int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *buf)
 {
 	static int (*next)(struct fuse_session *, struct fuse_buf *);
 	static struct fuse_session *prepared;
+	uint64_t began;
 	int received;
 
 	if (!next)
@@ -253,19 +451,16 @@ PUBLIC int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *bu
 		fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
 		prepared = se;
 	}
+	began = now_ns();
 	received = next(se, buf);
+	while (received > 0 && answered(se, buf)) {
+		if (now_ns() - began > TURN_NS)
+			return -EINTR;
+		received = next(se, buf);
+		if (received == -EAGAIN)
+			received = read_soon(next, se, buf);
+	}
 	return received == -EAGAIN ? -EINTR : received;
-}
-
-PUBLIC void fuse_session_process_buf(struct fuse_session *se, const struct fuse_buf *buf)
-{
-	static void (*next)(struct fuse_session *, const struct fuse_buf *);
-
-	if (!next)
-		next = libfuse("fuse_session_process_buf");
-	if (!(buf->flags & FUSE_BUF_IS_FD) && buf->size >= sizeof(struct fuse_in_header))
-		note(buf->mem, buf->size);
-	next(se, buf);
 }
 
 /* Return the thread that sent a request, 0 if that was forgotten. */

@@ -47,6 +47,13 @@ class Recorder:
         _current.set(None)
         self._keep(self.operations, operation)
 
+    def add_operation(self, name: str, unique: int, received_ns: int, started_ns: int, error: int) -> None:
+        """Take note of an operation whose answer is given now, in the step in which it began."""
+        operation = Operation(next(_numbers), name, unique, received_ns, started_ns, stages=[])
+        operation.ended_ns = time.perf_counter_ns()
+        operation.error = error
+        self._keep(self.operations, operation)
+
     def receive(self, client: int, number: int, op: int) -> Served:
         """Take note that a request is here, its payload too."""
         return Served(client, number, op, time.perf_counter_ns(), stages=[])

@@ -37,6 +37,7 @@ from ..limits import IN_FLIGHT_MAX
 from ..model import ClientId
 from ..observe import recording, spans
 from ..ports import Buffer, Channel, Reply
+from ..services.deadline import before_waiting
 from .messages import (
     Body,
     Done,
@@ -212,6 +213,7 @@ class Link:
                 self._give_back(begun.turn)
                 return self._answer(begun.reply, reply_type)
             timeout_s = float("inf") if patient else self._links.op_timeout_s
+            before_waiting()
             with trio.CancelScope(deadline=trio.current_time() + timeout_s):
                 if begun is None:
                     begun = await self._take_turn(request, late)
@@ -228,15 +230,15 @@ class Link:
             return None
         if not unbounded:
             self._places.acquire_nowait()
-        begun = self._take_slot(request, unbounded=unbounded)
+        turn, body = self._take_slot(request, unbounded=unbounded)
         try:
-            answer = channel.call_now(request.op, begun.body, payload, into)
+            answer = channel.call_now(request.op, body, payload, into)
         except BaseException:
-            self._give_back(begun.turn)
+            self._give_back(turn)
             raise
         if isinstance(answer, Reply):
-            return begun._replace(reply=answer)
-        return begun._replace(channel=channel, waiting=answer) if answer is not None else begun
+            return _Begun(turn, body, answer)
+        return _Begun(turn, body, None, channel, answer) if answer is not None else _Begun(turn, body)
 
     async def _take_turn(self, request: Request, late: Late[Any] | None) -> "_Begun":
         """Wait for a place for a request; for a recorded one behind what was given up before it."""
@@ -256,17 +258,17 @@ class Link:
             if late is not None:
                 late(None)
             raise
-        return self._take_slot(request, unbounded=unbounded)
+        return _Begun(*self._take_slot(request, unbounded=unbounded))
 
-    def _take_slot(self, request: Request, *, unbounded: bool) -> "_Begun":
-        """Give a request that has its place a slot, if it is recorded, and encode it."""
+    def _take_slot(self, request: Request, *, unbounded: bool) -> tuple[int, bytes]:
+        """Give a request that has its place a slot, if it is recorded; return its turn and its encoded body."""
         if unbounded:
-            return _Begun(_UNBOUNDED, encode(request))
+            return _UNBOUNDED, encode(request)
         if not request.recorded:
-            return _Begun(_PLACE, encode(request))
+            return _PLACE, encode(request)
         slot = self._slots.popleft()
         self._seqs[slot] += 1
-        return _Begun(slot, encode_recorded(request, slot, self._seqs[slot]))
+        return slot, encode_recorded(request, slot, self._seqs[slot])
 
     def _give_back(self, turn: int) -> None:
         if turn != _UNBOUNDED:

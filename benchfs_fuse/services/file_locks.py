@@ -59,6 +59,7 @@ from ..rpc.messages import (
     SetLock,
 )
 from .advisory import Ranges
+from .deadline import before_waiting
 from .parallel import background
 
 log = logging.getLogger(__name__)
@@ -201,6 +202,7 @@ class FileLocks:
             lane.unordered = True
         self._start(lane, self._ask, attempt)
         try:
+            before_waiting()
             with trio.move_on_after(self._links.op_timeout_s):
                 await attempt.answered.wait()
             if not attempt.answered.is_set():
@@ -229,12 +231,16 @@ class FileLocks:
         holder = (await self._links.to(self._daemon(ino)).call(request, GetLockReply)).holder
         return (holder.type, holder.start, holder.end, holder.pid) if holder is not None else None
 
+    def knows(self, ino: int, owner: int, kind: LockKind) -> bool:
+        """Tell whether an owner may hold something of an inode, or is about to."""
+        return (ino, owner, kind) in self._lanes
+
     async def drop(self, ino: int, owner: int, kind: LockKind) -> None:
         """Give back everything that an owner holds of an inode; what it waits for goes on waiting.
 
         Costs nothing if it holds nothing.
         """
-        if (ino, owner, kind) in self._lanes:
+        if self.knows(ino, owner, kind):
             with suppress(Stale):  # then the daemon has dropped it already
                 await self.set(ino, owner, kind, LockType.UNLOCK)
 

@@ -89,6 +89,7 @@ from ..rpc.messages import (
     SyncChunks,
     SyncMeta,
 )
+from .deadline import before_waiting
 from .jobs import persist
 from .known import Known
 from .namespace import Namespace
@@ -320,6 +321,7 @@ class Files:
 
     async def _wait_fenced(self) -> None:
         """Wait until nothing of what we gave up can land behind a truncation. DaemonUnreachable."""
+        before_waiting()
         with trio.move_on_after(self._links.op_timeout_s):
             await self._links.wait_fenced()
             return
@@ -354,6 +356,7 @@ class Files:
             try:
                 await self.setattr(ino, size=0, mtime_ns=TIME_NOW, who=who)
             except BaseException:
+                before_waiting()
                 with trio.CancelScope(shield=True):
                     await self.release(handle)
                 raise
@@ -431,6 +434,10 @@ class Files:
         """Bring everything accepted to the daemons, as far as that works: who fails learns it from flush and fsync."""
         with suppress(FsError):
             await self._quiet(handle.node)
+
+    def is_flushed(self, handle: Handle) -> bool:
+        """Tell whether ``flush`` has nothing to do, nothing to wait for and no error to raise."""
+        return handle.error is None and not handle.node.dirty and handle.node.touching is None
 
     async def flush(self, handle: Handle) -> None:
         """Do what close(2) promises: everything accepted is with the daemons, or its error is raised."""
@@ -595,8 +602,10 @@ class Files:
         belongs to the call until it returns. ``who`` writes, if that is to take set-ID bits away: before the bytes.
         """
         node = handle.node
-        self._check_writable(handle)
         length = len(data)
+        if self.write_now(handle, offset, length, lambda: data if isinstance(data, bytes) else bytes(data)):
+            return length
+        self._check_writable(handle)
         if length == 0:
             return 0
         if handle.append:
@@ -624,6 +633,32 @@ class Files:
                 node.order.release()
         self._note_dirty(node)
         return length
+
+    def write_now(self, handle: Handle, offset: int, length: int, take: Callable[[], bytes]) -> bool:
+        """Accept ``length`` bytes as ``write`` does, if there is nothing to wait for or to refuse; tell whether it did.
+
+        ``take``, called once and only then, hands the bytes over.
+        """
+        node = handle.node
+        if (
+            not self._gather
+            or not handle.writes
+            or handle.append
+            or handle.flags & os.O_DIRECT
+            or handle.released
+            or handle.error is not None
+            or node.lost
+            or node.cutting
+            or node.order.locked()
+            or not 0 < length <= RUN_MAX
+            or not 0 <= offset <= FILE_SIZE_MAX - length
+            or has_set_id(node.attrs.mode)
+            or not node.writing.accept_now(offset, length, take)
+        ):
+            return False
+        node.placed = True
+        self._note_dirty(node)
+        return True
 
     async def _turn(self, node: _Node) -> None:
         """Take ``order``, behind the end of a truncation of ours that failed or was given up."""

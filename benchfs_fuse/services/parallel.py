@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import trio
 
+from .deadline import before_waiting
+
 T = TypeVar("T")
 
 
@@ -26,6 +28,7 @@ async def each(function: Callable[[T], Awaitable[None]], items: Iterable[T]) -> 
             first = first or error
             nursery.cancel_scope.cancel()
 
+    before_waiting()
     async with trio.open_nursery() as nursery:
         for item in todo:
             nursery.start_soon(one, item)
@@ -51,6 +54,7 @@ async def all_of(function: Callable[[T], Awaitable[None]], items: Iterable[T]) -
         except Exception as error:  # noqa: BLE001  raised below, when the others have ended
             first = first or error
 
+    before_waiting()
     async with trio.open_nursery() as nursery:
         for item in todo:
             nursery.start_soon(one, item)
@@ -74,6 +78,7 @@ async def some_at_once(function: Callable[[T], Awaitable[None]], items: Iterable
                 errors.append(error)
             item = next(todo, None)
 
+    before_waiting()
     async with trio.open_nursery() as nursery:
         for item in islice(todo, tasks_max):
             nursery.start_soon(some, item)
@@ -85,6 +90,7 @@ async def some_at_once(function: Callable[[T], Awaitable[None]], items: Iterable
 async def background() -> AsyncIterator[trio.Nursery]:
     """Run tasks beside a block and cancel them at its end. What the block raises comes out by itself."""
     failure: Exception | None = None
+    before_waiting()
     async with trio.open_nursery() as nursery:
         try:
             yield nursery

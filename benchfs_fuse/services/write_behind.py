@@ -55,10 +55,16 @@ class Budget:
     def _fits(self, length: int) -> bool:
         return self.used == 0 or self.used + length <= self._bytes_max
 
+    def acquire_now(self, length: int) -> bool:
+        """Take room for ``length`` bytes if there is some; tell whether there was."""
+        if self._waiting or not self._fits(length):
+            return False
+        self.used += length
+        return True
+
     async def acquire(self, length: int) -> None:
         """Take room for ``length`` bytes; wait until there is some. More than there ever is waits for all of it."""
-        if not self._waiting and self._fits(length):
-            self.used += length
+        if self.acquire_now(length):
             return
         for holder in list(self.growing):
             holder.seal()
@@ -177,16 +183,10 @@ class WriteBehind:
 
         Calls for one file follow each other. When cancelled, a beginning of ``data`` may have been accepted.
         """
-        run = self._growing
-        if run is not None and run.offset <= offset and offset + len(data) <= run.end:
-            run.replace(offset, data)
+        if self.accept_now(offset, len(data), lambda: data):
             return
-        if (
-            run is not None
-            and run.end == offset
-            and run.length + len(data) <= RUN_MAX
-            and run.within + run.length + len(data) <= self._chunk_size
-        ):
+        run = self._growing
+        if run is not None and self._continues(run, offset, len(data)):
             await self._budgets[run.daemon_id].acquire(len(data))
             if self._growing is run:
                 self._grow(run, data)
@@ -196,10 +196,46 @@ class WriteBehind:
             while len(self._sealed) >= SEALED_MAX:
                 await next(iter(self._sealed)).written.wait()
             await self._budgets[piece.daemon_id].acquire(piece.length)
-            self.seal()
-            self._growing = piece
-            self._budgets[piece.daemon_id].growing.add(self)
-            self._seal_if_full(piece)
+            self._begin(piece)
+
+    def accept_now(self, offset: int, length: int, take: Callable[[], bytes]) -> bool:
+        """Take ``length`` bytes as ``accept`` does, if that has nothing to wait for; tell whether it did.
+
+        ``take``, called once and only then, hands them over. What crosses the border of two chunks has to wait.
+        """
+        run = self._growing
+        if run is not None and run.offset <= offset and offset + length <= run.end:
+            run.replace(offset, take())
+            return True
+        if run is not None and self._continues(run, offset, length):
+            if not self._budgets[run.daemon_id].acquire_now(length):
+                return False
+            self._grow(run, take())
+            return True
+        index, within = divmod(offset, self._chunk_size)
+        if length > RUN_MAX or within + length > self._chunk_size or len(self._sealed) >= SEALED_MAX:
+            return False
+        piece = Run(offset, index, within, self._shard_map.of_chunk(self._ino, index, self._width))
+        if not self._budgets[piece.daemon_id].acquire_now(length):
+            return False
+        piece.add(take())
+        self._begin(piece)
+        return True
+
+    def _continues(self, run: Run, offset: int, length: int) -> bool:
+        """Tell whether bytes may be added to a run."""
+        return (
+            run.end == offset
+            and run.length + length <= RUN_MAX
+            and run.within + run.length + length <= self._chunk_size
+        )
+
+    def _begin(self, run: Run) -> None:
+        """Let a run grow, for which there is room, in place of the one that has grown so far."""
+        self.seal()
+        self._growing = run
+        self._budgets[run.daemon_id].growing.add(self)
+        self._seal_if_full(run)
 
     def _grow(self, run: Run, data: bytes) -> None:
         run.add(data)
