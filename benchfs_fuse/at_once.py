@@ -82,10 +82,17 @@ class Fields(NamedTuple):
 
 
 class AtOnce:
-    """Be the hooks of the companion library that answer at once."""
+    """Be the hooks of the companion library that answer at once.
 
-    def __init__(self, companion: Companion, operations: BenchfsOperations, files: Files) -> None:
+    ``note_turn`` is told that all other tasks have had their turn, behind each turn of the event loop.
+    """
+
+    def __init__(
+        self, companion: Companion, operations: BenchfsOperations, files: Files, note_turn: Callable[[], None]
+    ) -> None:
         self._companion = companion
+        self._note_turn = note_turn
+        self._turn = 0
         self._operations = operations
         self._files = files
 
@@ -148,6 +155,10 @@ class AtOnce:
     # ── what a handler does ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _begin(self, handler: Callable[..., Any], arguments: tuple[Any, ...], pack: Callable[[Any], int]) -> int:
+        turn = self._companion.request.turn
+        if turn != self._turn:
+            self._turn = turn
+            self._note_turn()
         error, result = begin(self._operations, handler, *arguments)
         if error:
             return LEAVE if error == WAITS else -error

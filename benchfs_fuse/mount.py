@@ -44,6 +44,8 @@ MAX_BACKGROUND = 256
 CONGESTION_THRESHOLD = 192
 #: Readahead in KiB: the longest request. The default makes requests of 128 KiB.
 READ_AHEAD_KB = 1024
+#: Nanoseconds to wait for the next request of the kernel behind one that was answered at once.
+SOON_NS = 50_000
 #: Capabilities that the companion library asks for and gives up. Splicing requests costs two more system calls each,
 #: and pyfuse3 copies them out of the pipe anyhow.
 WANT = companion.CAP_EXPLICIT_INVAL_DATA | companion.CAP_PARALLEL_DIROPS | companion.CAP_DONT_MASK
@@ -149,7 +151,9 @@ class Mount:
             serve = fuse.serve
             if library is not None and interrupts is not None:
                 extras = Extras(library, operations, session.files, locks, interrupts, xattr=settings.xattr)
-                prepare(library, AtOnce(library, operations, session.files).hooks(extras.hooks()))
+                at_once = AtOnce(library, operations, session.files, session.network.note_turn)
+                prepare(library, at_once.hooks(extras.hooks()))
+                library.wait_for_next(SOON_NS if session.network.spin_ns else 0)
                 serve = functools.partial(extras.serve, fuse.serve)
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 self._mount(operations, session)

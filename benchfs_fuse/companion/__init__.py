@@ -44,7 +44,7 @@ class Request(ctypes.Structure):
 
     ``unique`` names it in the kernel's protocol. ``flags`` are those of SETATTR, WRITE and RELEASE; ``lock_owner`` is
     that of FLUSH and RELEASE. ``pid`` is the thread that sent it; 0: the kernel itself, or one that cannot be seen.
-    ``umask`` is that of CREATE and MKDIR.
+    ``umask`` is that of CREATE and MKDIR. ``turn`` counts the turns of the event loop in which pyfuse3 asked for one.
     ``received_ns``: CLOCK_MONOTONIC, as time.perf_counter_ns gives it, when it had been read from the kernel.
     """
 
@@ -57,6 +57,7 @@ class Request(ctypes.Structure):
     uid: int
     gid: int
     umask: int
+    turn: int
     _fields_ = (
         ("unique", ctypes.c_uint64),
         ("lock_owner", ctypes.c_uint64),
@@ -67,11 +68,15 @@ class Request(ctypes.Structure):
         ("uid", ctypes.c_uint32),
         ("gid", ctypes.c_uint32),
         ("umask", ctypes.c_uint32),
+        ("turn", ctypes.c_uint32),
     )
 
 
 class _Wishes(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_uint32) for name in ("want", "unwanted", "max_background", "congestion_threshold"))
+    _fields_ = (
+        *((name, ctypes.c_uint32) for name in ("want", "unwanted", "max_background", "congestion_threshold")),
+        ("soon_ns", ctypes.c_uint64),
+    )
 
 
 class _Data(ctypes.Structure):
@@ -198,6 +203,10 @@ class Companion:
         wishes = self._wishes
         wishes.want, wishes.unwanted = want, unwanted
         wishes.max_background, wishes.congestion_threshold = max_background, congestion_threshold
+
+    def wait_for_next(self, soon_ns: int) -> None:
+        """Have the library wait so many nanoseconds for the next request behind one that was answered at once."""
+        self._wishes.soon_ns = soon_ns
 
     @property
     def granted(self) -> int:

@@ -41,6 +41,8 @@ struct benchfs_wishes {
 	uint32_t unwanted;
 	uint32_t max_background;
 	uint32_t congestion_threshold;
+	/* Nanoseconds to wait for the next request behind one that was answered at once. */
+	uint64_t soon_ns;
 };
 
 /* What came of it; set when the kernel has said hello. */
@@ -50,7 +52,8 @@ struct benchfs_granted {
 	uint32_t proto_minor;
 };
 
-/* The request that was handed to pyfuse3 last. flags: by opcode, see note(). received_ns: of CLOCK_MONOTONIC. */
+/* The request that was read last. flags: by opcode, see note(). received_ns: of CLOCK_MONOTONIC. turn: how often pyfuse3
+ * has asked for a request, which it does once in each turn of its loop. */
 struct benchfs_request {
 	uint64_t unique;
 	uint64_t lock_owner;
@@ -61,6 +64,7 @@ struct benchfs_request {
 	uint32_t uid;
 	uint32_t gid;
 	uint32_t umask;
+	uint32_t turn;
 };
 
 /* Functions of Python's. A null hook leaves its operation out (ENOSYS: the kernel never asks again). */
@@ -96,10 +100,9 @@ struct benchfs_hooks {
 /* A hook leaves a request to libfuse. */
 #define LEAVE 0
 /* Nanoseconds in which requests are answered one after the other before the rest of the process has its turn. */
-#define TURN_NS 500000
-/* Nanoseconds to wait for the next request behind an answer, and after which a look says that others need the processor
- * more; times left out after waits in vain. */
-#define SOON_NS 50000
+#define TURN_NS 1000000
+/* Nanoseconds after which a look for the next request says that others need the processor more; times left out after
+ * waits in vain. */
 #define CONTENDED_NS 1000000
 #define MISSED_MAX 15
 
@@ -416,7 +419,7 @@ static int read_soon(int (*next)(struct fuse_session *, struct fuse_buf *), stru
 		     struct fuse_buf *buf)
 {
 	static int missed, left_out;
-	uint64_t before, now = now_ns(), end = now + SOON_NS;
+	uint64_t before, now = now_ns(), end = now + benchfs_wishes.soon_ns;
 	int received = -EAGAIN;
 
 	if (left_out < missed) {
@@ -451,13 +454,14 @@ PUBLIC int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *bu
 		fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
 		prepared = se;
 	}
+	benchfs_request.turn++;
 	began = now_ns();
 	received = next(se, buf);
 	while (received > 0 && answered(se, buf)) {
 		if (now_ns() - began > TURN_NS)
 			return -EINTR;
 		received = next(se, buf);
-		if (received == -EAGAIN)
+		if (received == -EAGAIN && benchfs_wishes.soon_ns)
 			received = read_soon(next, se, buf);
 	}
 	return received == -EAGAIN ? -EINTR : received;

@@ -1129,6 +1129,10 @@ class UcxEngine:
         named = " and ".join(f"{key} {value!r}" for key, value in settings if value)
         return f" with {named}" if named else ""
 
+    def note_turn(self) -> None:
+        """Take note that all other tasks have just had their turn: calls need not yield for a while."""
+        self.yielded_ns = time.perf_counter_ns()
+
     def forget(self, channel: UcxChannel) -> None:
         """Drop a connection that has ended; for the classes of this module."""
         self._channels.discard(channel)

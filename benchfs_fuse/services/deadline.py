@@ -15,13 +15,16 @@ log = logging.getLogger(__name__)
 
 
 class Deadline:
-    """Bound a block, which is cancelled when its time is over; as trio.move_on_after, but see the module."""
+    """Bound a block, which is cancelled when its time is over; as trio.move_on_after, but see the module.
+
+    The time is counted from where the scope is entered: what runs before waits for nothing.
+    """
 
     #: That of what is being begun now and has not waited yet.
     pending: "ClassVar[Deadline | None]" = None
 
     def __init__(self, seconds: float, *, lazily: bool) -> None:
-        self._at_s = trio.current_time() + seconds
+        self._seconds = seconds
         self._lazily = lazily
         self._scope: trio.CancelScope | None = None
         self._status = _scopes_now() if lazily else None
@@ -39,7 +42,7 @@ class Deadline:
         if self._lazily and _scopes_now() is not self._status:
             log.error("a scope was opened before the deadline of its operation", stack_info=True)
             return
-        self._scope = trio.CancelScope(deadline=self._at_s)
+        self._scope = trio.move_on_after(self._seconds)
         self._scope.__enter__()
 
     def __exit__(
