@@ -59,6 +59,7 @@ missing_packages() {
             package_of make make
             package_of valgrind valgrind
             package_of ip iproute2
+            package_of iperf3 iperf3
             package_of mkfs.xfs xfsprogs
             package_of mkfs.ext4 e2fsprogs
             ;;

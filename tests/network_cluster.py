@@ -13,8 +13,8 @@ from cli_help import PATIENCE_S
 from cluster import Mount, Process
 
 from benchfs_fuse import control
+from benchfs_fuse.hosts import Namespace
 from benchfs_fuse.registry import Registry, init_registry
-from benchfs_fuse.torture.hosts import Namespace
 
 
 def eventually(condition: Callable[[], bool]) -> None:

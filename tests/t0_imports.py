@@ -110,6 +110,7 @@ ROOMS = {
                 "control",
                 "datadir",
                 "holders",
+                "hosts",
                 "kernel_mounts",
                 "mountpoints",
                 "observe.kernel",

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 #: What every Debian has.
 ESSENTIAL = ("sh", "tr", "cat", "cut", "head", "sort", "sha256sum", "touch", "paste", "chmod", "rm")
 TOOLS = ("gcc", "pkg-config", "fusermount3", "fio", "getfattr", "setfacl")
-PROVIDED = (*TOOLS, "rsync", "sqlite3", "git", "make", "valgrind")
+PROVIDED = (*TOOLS, "rsync", "sqlite3", "git", "make", "valgrind", "iperf3")
 
 APT_GET = """#!/bin/sh
 echo "$*" >>{log}
@@ -68,6 +68,7 @@ def test_root_installs_what_is_missing_once(tmp_path: Path) -> None:
             "git",
             "make",
             "valgrind",
+            "iperf3",
         ]
     }
     assert wanted <= set(install.split())

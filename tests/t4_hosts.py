@@ -17,7 +17,7 @@ from typing import Self
 import pytest
 from network_cluster import CHANGES, NetworkCluster, check_changes, connected, eventually
 
-from benchfs_fuse.torture.hosts import Star
+from benchfs_fuse.hosts import Star
 
 SEED = int(os.environ.get("BENCHFS_TEST_SEED", "0"))
 #: Seconds in which a mount has to go on after a cut: TCP's pauses between attempts double while the cable is cut.

@@ -13,8 +13,8 @@ from cli_help import HELD, holding, tell
 from cluster import Mount, Process
 from network_cluster import CHANGES, NetworkCluster, ask, check_changes, connected, eventually
 
+from benchfs_fuse.hosts import Cable, Namespace
 from benchfs_fuse.registry import Registry, init_registry
-from benchfs_fuse.torture.hosts import Cable, Namespace
 
 #: Every write is under way at once, and waits as long as it takes.
 AT_ONCE = ("--gather-bytes-max=0", "--op-timeout=0")

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, cast
 from .. import control, kernel_mounts
 from ..commands.mounting import start_mount, unmount
 from ..errors import UserError
+from ..hosts import Cable, Star, Way
 from ..limits import CHUNK_SIZE_MIN, MIB
 from ..processes import ProcessId, Starting, alive, end, wait_ready
 from ..registry import Registry, init_registry
 from ..rpc.messages import BEHIND_REPLIES
-from .hosts import Cable, Star, Way
 
 #: Seconds that a daemon may take to stop in order, and a mount to flush and leave.
 STOP_S = 30.0

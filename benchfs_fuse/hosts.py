@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ..errors import UserError
+from .errors import UserError
 
 #: UCX finds the network's devices in /sys, which has to be this network's, and nobody else's. Then wait for the end of
 #: the standard input.
@@ -21,7 +21,7 @@ _HOLD = 'hostname "$1" && mount --make-private /sys && mount -t sysfs sysfs /sys
 _COMMAND_S = 30.0
 _REACH_S = 1.0
 #: Where our modules are found.
-_ROOT = Path(__file__).parent.parent.parent
+_ROOT = Path(__file__).parent.parent
 
 
 class Namespace:
