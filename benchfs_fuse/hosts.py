@@ -119,28 +119,28 @@ class Namespace:
 
 
 class Cable:
-    """Join two hosts: ``near`` has address 10.99.``number``.1, ``far`` ….2."""
+    """Join two hosts: ``near`` has address 10.99.``number``.1, ``far`` ….2. ``device`` is its name at both ends."""
 
     def __init__(self, near: Namespace, far: Namespace, number: int) -> None:
         self.near_address, self.far_address = f"10.99.{number}.1", f"10.99.{number}.2"
-        self._near, self._far, self._name = near, far, f"cable{number}"
-        words = ["link", "add", self._name, "type", "veth", "peer", "name", self._name, "netns", str(far.pid)]
+        self._near, self._far, self.device = near, far, f"cable{number}"
+        words = ["link", "add", self.device, "type", "veth", "peer", "name", self.device, "netns", str(far.pid)]
         near.ip(*words)
         for namespace, address in ((near, self.near_address), (far, self.far_address)):
-            namespace.ip("address", "add", f"{address}/24", "dev", self._name)
-            namespace.ip("link", "set", self._name, "up")
+            namespace.ip("address", "add", f"{address}/24", "dev", self.device)
+            namespace.ip("link", "set", self.device, "up")
 
     def cut(self) -> None:
         """Let nothing pass. The near end keeps its address; the far one loses its routes."""
-        self._far.ip("link", "set", self._name, "down")
+        self._far.ip("link", "set", self.device, "down")
 
     def mend(self) -> None:
         """Let everything pass again."""
-        self._far.ip("link", "set", self._name, "up")
+        self._far.ip("link", "set", self.device, "up")
 
     def passed(self) -> int:
         """Return how many packets have come out of it so far, at both ends."""
-        return self._near.received(self._name) + self._far.received(self._name)
+        return self._near.received(self.device) + self._far.received(self.device)
 
 
 class Way:

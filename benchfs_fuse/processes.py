@@ -232,6 +232,11 @@ def private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
+def how_ended(code: int) -> str:
+    """Say in words what a return code of subprocess means."""
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+
+
 class Starting:
     """Be a module of ours that was started as ``python -m`` in its own session and is not ready yet.
 
@@ -304,9 +309,9 @@ class Starting:
         sentences = [match[1] for line in said.splitlines() if (match := _SENTENCE.match(line))]
         if sentences:
             return sentences[-1]
-        code = self._child.returncode
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        return f"{self._module} {how} before it was ready; its last words are in {self._log}"
+        return (
+            f"{self._module} {how_ended(self._child.returncode)} before it was ready; its last words are in {self._log}"
+        )
 
 
 def say_ready(ready_fd: int | None) -> None:

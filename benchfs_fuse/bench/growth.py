@@ -32,7 +32,7 @@ from . import machine
 from .client_load import Done
 from .machine import Machine, MountFacts
 from .mounted import directory_in
-from .samples import Ratio, Samples, ratio
+from .samples import Ratio, Samples, ratio, ratio_of
 
 #: Files of the smaller side, and of a window of creations; directories that files are spread over.
 FEW = 1000
@@ -184,7 +184,6 @@ def _clients(registry: Path, name: str, note: Callable[[], None]) -> Row:
             found.append(rate)
             busy[clients].append(share)
         note()
-    gains = sorted(several / one for one, several in zip(rates[1], rates[CLIENTS], strict=True))
     middle = ROUNDS // 2
     one, several = (sorted(found)[middle] for found in rates.values())
     shares = [sorted(found)[middle] for found in busy.values()]
@@ -193,7 +192,7 @@ def _clients(registry: Path, name: str, note: Callable[[], None]) -> Row:
         "1/s",
         one,
         several,
-        Ratio(gains[middle], gains[0], gains[-1]),
+        ratio_of(rates[CLIENTS], rates[1]),
         f"processors busy {shares[0]:.0%} and {shares[1]:.0%}",
     )
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from ..limits import MIB
+
 _NS_PER_S = 1_000_000_000
 
 
@@ -137,10 +139,56 @@ class Ratio(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def ratio(ours: Samples, floor: Samples) -> Ratio:
     """Compare two measurements whose rounds alternated, round by round; what one has more of is left out."""
-    ratios = [
-        own / max(1.0, base) for own, base in zip(ours.medians_ns, floor.medians_ns, strict=False)
-    ]  # a clock may not see what takes no time
+    return ratio_of(ours.medians_ns, [max(1.0, base) for base in floor.medians_ns])  # a clock may not see what is short
+
+
+def ratio_of(ours: Iterable[float], floor: Iterable[float]) -> Ratio:
+    """Compare figures of rounds that alternated, round by round; what one has more of is left out."""
+    ratios = [own / base for own, base in zip(ours, floor, strict=False)]
     return Ratio(median(ratios), min(ratios), max(ratios))
+
+
+class Moved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Say how many bytes one round moved in how many ns: at least one of each."""
+
+    bytes: int
+    ns: int
+
+    def __post_init__(self) -> None:
+        """Refuse what no measurement gives. ValueError (from msgspec: ValidationError)."""
+        if self.bytes < 1 or self.ns < 1:
+            raise ValueError("a round moves bytes, and that takes time")
+
+    @property
+    def mib_per_s(self) -> float:
+        """Return the throughput in MiB/s."""
+        return self.bytes / MIB * _NS_PER_S / self.ns
+
+
+class Throughput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Hold what the rounds of a measurement moved, in their order, and the median of their MiB/s."""
+
+    rounds: tuple[Moved, ...]
+    mib_per_s: float
+
+    @classmethod
+    def of(cls, rounds: Iterable[Moved]) -> "Throughput":
+        """Sum up rounds, of which there is at least one."""
+        kept = tuple(rounds)
+        return cls(kept, median(one.mib_per_s for one in kept))
+
+    @property
+    def rates(self) -> list[float]:
+        """Return the MiB/s of each round."""
+        return [one.mib_per_s for one in self.rounds]
+
+    def __str__(self) -> str:
+        """Write ``1,234 (1,150-1,301)``: the median and the extremes, in MiB/s."""
+        return f"{self.mib_per_s:,.0f} ({min(self.rates):,.0f}-{max(self.rates):,.0f})"
+
+    def times(self, base: "Throughput") -> Ratio:
+        """Say how many times as fast this is as something whose rounds alternated with these."""
+        return ratio_of(self.rates, base.rates)
 
 
 class Spread(NamedTuple):

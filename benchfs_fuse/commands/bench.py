@@ -117,6 +117,28 @@ examples:
 """
 
 
+_EXAMPLES_NETWORK = """\
+Joins two network namespaces of its own by a pair of virtual devices, and sends over TCP from one to the other in
+alternating rounds: iperf3, and a connection as it is between a mount and a daemon, with four requests under way that
+read and write 1 and 4 MiB each. No disk and no FUSE have a part in it. Root only; needs iperf3. Nothing of it stays.
+
+examples:
+  benchfs bench network
+  benchfs bench network --rounds 3 --seconds 10 --json
+"""
+
+
+_EXAMPLES_STREAMS = """\
+Brings up a cluster of one daemon and one of two below DIR, each with a mount, and in alternating rounds writes a file
+from its beginning to its end, and reads it for the first time. Every byte is checked. All of it is removed again. DIR
+needs room for two files. As root, the caches of the whole machine are dropped before reading: others on it feel that.
+
+examples:
+  benchfs bench streams --data-dir /data
+  benchfs bench streams --data-dir /data --size 2048 --rounds 7 --json
+"""
+
+
 class Benchmark(NamedTuple):
     """Describe one command of the group."""
 
@@ -268,13 +290,7 @@ def _floors(given: argparse.Namespace) -> int:
 def _add_calls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("mountpoint", type=arguments.path, metavar="MOUNTPOINT", help="a directory in a benchfs mount")
     _add_iterations(parser, 100, "of each call in each round; an eighth of it for 1 MiB", 100_000, "a round")
-    parser.add_argument(
-        "--rounds",
-        type=arguments.whole(1, 1000, "a measurement has {} rounds"),
-        default=7,
-        metavar="N",
-        help="on each file system in turn (default: 7)",
-    )
+    _add_rounds(parser, 7)
     parser.add_argument(
         "--attr-timeout",
         type=arguments.seconds_or_none,
@@ -344,13 +360,64 @@ def _protections(given: argparse.Namespace) -> int:
     return run_protections(given.data_dir, given.iterations, given.json)
 
 
+def _add_rounds(parser: argparse.ArgumentParser, default: int) -> None:
+    parser.add_argument(
+        "--rounds",
+        type=arguments.whole(1, 1000, "a measurement has {} rounds"),
+        default=default,
+        metavar="N",
+        help=f"of each in turn (default: {default})",
+    )
+
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
+    _add_rounds(parser, 5)
+    parser.add_argument(
+        "--seconds",
+        type=arguments.whole(1, 3600, "a round lasts {} seconds"),
+        default=2,
+        metavar="S",
+        help="for each length and direction in each round (default: 2)",
+    )
+    parser.add_argument("--json", action="store_true", help="for programs: every sample")
+
+
+def _network(given: argparse.Namespace) -> int:
+    from ..bench.network import run_network
+
+    return run_network(rounds=given.rounds, seconds=given.seconds, as_json=given.json)
+
+
+def _add_streams(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data-dir", type=arguments.path, required=True, metavar="DIR", help="where clusters may be")
+    _add_rounds(parser, 5)
+    parser.add_argument(
+        "--size",
+        type=arguments.whole(1, 1 << 24, "a file has {} MiB"),
+        default=512,
+        metavar="MIB",
+        help="of the file, in MiB (default: 512)",
+    )
+    parser.add_argument("--json", action="store_true", help="for programs: every sample")
+
+
+def _streams(given: argparse.Namespace) -> int:
+    from ..bench.streams import run_streams
+
+    return run_streams(given.data_dir, rounds=given.rounds, size_mib=given.size, as_json=given.json)
+
+
 BENCHMARKS = (
     Benchmark("floors", "time what everything else stands on", _EXAMPLES_FLOORS, _add_floors, _floors),
     Benchmark(
         "small", "time small operations through the client library, without FUSE", _EXAMPLES_SMALL, _add_small, _small
     ),
     Benchmark("calls", "time single system calls in a mount and on its floor", _EXAMPLES_CALLS, _add_calls, _calls),
+    Benchmark("network", "hold a connection over TCP against iperf3", _EXAMPLES_NETWORK, _add_network, _network),
     Benchmark("growth", "tell what becomes of the speed as things grow", _EXAMPLES_GROWTH, _add_growth, _growth),
+    Benchmark(
+        "streams", "tell what a second daemon costs a sequential stream", _EXAMPLES_STREAMS, _add_streams, _streams
+    ),
     Benchmark(
         "compare",
         "do the same work in a mount and elsewhere, and leave a report",

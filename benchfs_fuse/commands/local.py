@@ -285,12 +285,17 @@ def run_under(mountpoint: Path, command: Sequence[str]) -> int:
     try:
         code = _run(command)
     finally:
-        try:
-            down(mountpoint, force=False)
-        except UserError as busy:
-            tell(f"{busy}; taking it down all the same")
-            down(mountpoint, force=True)
+        down_anyhow(mountpoint)
     return code
+
+
+def down_anyhow(mountpoint: Path) -> None:
+    """Take a cluster down as ``down`` does, and by force if it is in use, saying so. UserError: what was lost."""
+    try:
+        down(mountpoint, force=False)
+    except UserError as busy:
+        tell(f"{busy}; taking it down all the same")
+        down(mountpoint, force=True)
 
 
 def _run(command: Sequence[str]) -> int:
