@@ -20,6 +20,21 @@ _HOLD = 'hostname "$1" && mount --make-private /sys && mount -t sysfs sysfs /sys
 #: Seconds for a command that changes a network, and for a connection to be made where there is one.
 _COMMAND_S = 30.0
 _REACH_S = 1.0
+#: Wait until a device runs: the kernel says so up to a second after both ends of a cable are up (linkwatch), which it
+#: tells to who listens (rtnetlink(7), netdevice(7): SIOCGIFFLAGS, IFF_RUNNING).
+_WAIT_RUNNING = """
+import fcntl, socket, struct, sys
+news = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+news.bind((0, 1))
+news.settimeout(20)
+flags = struct.Struct("16sH14x")
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any:
+    while not flags.unpack(fcntl.ioctl(any, 0x8913, flags.pack(sys.argv[1].encode(), 0)))[1] & 0x40:
+        try:
+            news.recv(65536)
+        except TimeoutError:
+            sys.exit(f"{sys.argv[1]} does not run")
+"""
 #: Where our modules are found.
 _ROOT = Path(__file__).parent.parent
 
@@ -129,6 +144,11 @@ class Cable:
         for namespace, address in ((near, self.near_address), (far, self.far_address)):
             namespace.ip("address", "add", f"{address}/24", "dev", self.device)
             namespace.ip("link", "set", self.device, "up")
+
+    def wait_running(self) -> None:
+        """Wait until the kernel has both ends running: UCX takes no device before. UserError: they do not."""
+        for namespace in (self._near, self._far):
+            namespace.run(sys.executable, "-c", _WAIT_RUNNING, self.device)
 
     def cut(self) -> None:
         """Let nothing pass. The near end keeps its address; the far one loses its routes."""

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchfs_fuse.bench.samples import Ratio, Samples, ratio, spread
+from benchfs_fuse.bench.samples import Moved, Ratio, Samples, Throughput, ratio, ratio_of, spread
 
 ROUNDS = st.lists(st.lists(st.integers(0, 10**12), min_size=1, max_size=20), min_size=1, max_size=6)
 
@@ -51,6 +51,20 @@ def test_what_takes_n_times_as_long_has_the_ratio_n(rounds: list[list[int]], tim
 def test_a_ratio_lies_among_those_of_its_rounds(ours: list[list[int]], floor: list[list[int]]) -> None:
     found = ratio(Samples.of(ours), Samples.of(floor))
     assert 0 <= found.low <= found.value <= found.high
+
+
+def test_a_throughput_is_the_median_of_its_rounds() -> None:
+    slow, fast = (Throughput.of(Moved(size << 20, 500_000_000) for size in sizes) for sizes in ((1, 3, 2), (4, 6, 5)))
+    assert slow.rates == pytest.approx([2, 6, 4]) and slow.mib_per_s == pytest.approx(4)
+    assert str(fast) == "10 (8-12)"
+    assert fast.times(slow) == ratio_of(fast.rates, slow.rates) == Ratio(2.5, 2.0, 4.0)
+    assert msgspec.json.decode(msgspec.json.encode(fast), type=Throughput) == fast
+
+
+@pytest.mark.parametrize("moved", [(0, 1), (1, 0), (-1, 1)])
+def test_no_round_moves_nothing_or_takes_no_time(moved: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="a round moves bytes"):
+        Moved(*moved)
 
 
 def test_ratios_differ_only_where_no_round_of_one_lies_among_the_others() -> None:

@@ -2,14 +2,15 @@
 
     python -m benchfs_fuse.bench.connection       reads a Task from standard input
 
-The server says where it listens, and serves. The asker then does one Order after the other. Orders and answers are a
-line of JSON each. Both end when their standard input does, that is with whoever started them.
+The server says where it listens, and serves. The asker says when it is connected, and does one Order after the other.
+Orders and answers are a line of JSON each. Both end when their standard input does, that is with whoever started them.
 
 The connection is a daemon's and a mount's: ``rpc.ucx`` with handshake, requests, slots for payloads and replies. What
 stands behind it in a daemon is left out: what was written has arrived where it would be handed on to the disk, and what
 is read lies in memory. Payloads are what ``content`` says, so that each end can tell whether it has what was sent.
 """
 
+import contextlib
 import mmap
 import os
 import random
@@ -56,7 +57,7 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Say what a round has moved; a server, where it listens. ``trouble``: why that could not be."""
+    """Say what a round has moved; before the first, where the server is. ``trouble``: why that could not be."""
 
     moved: Moved | None = None
     address: str = ""
@@ -188,7 +189,8 @@ class _Voice:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def say(self, answer: Answer) -> None:
-        os.write(self._descriptor, msgspec.json.encode(answer) + b"\n")
+        with contextlib.suppress(BrokenPipeError):  # nobody listens any more
+            os.write(self._descriptor, msgspec.json.encode(answer) + b"\n")
 
 
 async def _run(task: Task, voice: _Voice) -> None:
@@ -201,6 +203,7 @@ async def _run(task: Task, voice: _Voice) -> None:
             await trio.to_thread.run_sync(sys.stdin.buffer.read)
             return
         channel = await engine.connect(task.address)
+        voice.say(Answer(address=task.address))
         while line := await trio.to_thread.run_sync(sys.stdin.buffer.readline):
             order = msgspec.json.decode(line, type=Order)
             try:

@@ -211,7 +211,9 @@ def connection(near: Namespace, far: Namespace, cable: Cable) -> Iterator[tuple[
     with ExitStack() as stack:
         server = stack.enter_context(Side(near, Task(True, cable.near_address, cable.device, *keys)))
         address = server.hear().address
-        yield server, stack.enter_context(Side(far, Task(False, address, cable.device, *keys)))
+        client = stack.enter_context(Side(far, Task(False, address, cable.device, *keys)))
+        client.hear()  # nothing is measured while it begins
+        yield server, client
 
 
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -243,6 +245,7 @@ def _measure(rounds: int, seconds: int) -> Report:
         task = progress.add_task("measuring", total=rounds * (1 + len(orders)))
         near, far = (stack.enter_context(Namespace(name)) for name in ("near", "far"))
         cable = Cable(near, far, 1)
+        cable.wait_running()
         _, client = stack.enter_context(connection(near, far, cable))
         for _ in range(rounds):
             moved, version = _iperf3(near, far, cable.near_address, seconds)
