@@ -214,17 +214,25 @@ def end(processes: Iterable[ProcessId], timeout_s: float) -> list[ProcessId]:
 # ── starting ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+#: What ends a command from outside: each raises an exception wherever it is just then (cli).
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the end of the block: what is started in it is on record by then. Main thread only."""
-    interrupts: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
+    """Hold Ctrl-C, SIGTERM and SIGHUP back until the end of the block: what is started in it is on record by then.
+
+    Main thread only.
+    """
+    held: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: held.append(number)) for number in _ENDING}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if interrupts:
-        raise KeyboardInterrupt
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for one in held:
+        signal.raise_signal(one)
 
 
 def private(path: str, flags: int) -> int:

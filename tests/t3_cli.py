@@ -32,7 +32,7 @@ from benchfs_fuse.datadir import DataDir
 from benchfs_fuse.errors import UserError
 from benchfs_fuse.holders import holders
 from benchfs_fuse.kernel_mounts import KernelMount
-from benchfs_fuse.processes import Starting, end, identify, wait_end, wait_ready
+from benchfs_fuse.processes import Starting, end, identify, uninterrupted, wait_end, wait_ready
 from benchfs_fuse.registry import Registry, init_registry
 from benchfs_fuse.services import files, jobs
 
@@ -557,3 +557,25 @@ def test_a_runtime_directory_that_cannot_be_made_is_a_sentence(tmp_path: Path) -
         env={"XDG_RUNTIME_DIR": str(tmp_path / "file")},
     ) as child:
         assert "cannot make the runtime directory" in sentence_of(child.wait())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_waits_for_the_end_of_what_is_not_to_be_interrupted(number: signal.Signals) -> None:
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    done: list[int] = []
+
+    def work() -> None:
+        with uninterrupted():
+            os.kill(os.getpid(), number)
+            done.append(number)
+
+    before = signal.signal(number, leave)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            work()
+        assert done and ended.value.code == 128 + number
+        assert signal.getsignal(number) is leave
+    finally:
+        signal.signal(number, before)
