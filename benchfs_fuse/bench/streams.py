@@ -100,12 +100,13 @@ def cluster(place: Path, daemons: int) -> Iterator[Cluster]:
     wanted = local.Wanted(
         found.mountpoint, found.data_dir, daemons, CHUNK_SIZE_DEFAULT, False, ["--listen=127.0.0.1"], []
     )
-    local.up(wanted)
     try:
+        local.up(wanted)
         yield found
     finally:
         with uninterrupted():
-            local.down_anyhow(found.mountpoint)
+            if local.data_dir_of(found.mountpoint) is not None:  # it is up, or was
+                local.down_anyhow(found.mountpoint)
 
 
 # ── a stream ─────────────────────────────────────────────────────────────────────────────────────────────────────────
