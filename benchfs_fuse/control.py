@@ -112,7 +112,8 @@ class Counts(msgspec.Struct, frozen=True):
     """Say what a mount has counted, and what its daemons have, those that answered.
 
     ``time_s``: when (monotonic). ``absent_asked``: questions for attributes that hardly any file has, ``absent_known``:
-    how many of them were answered from memory. ``spins`` and ``sleeps``: calls answered without waiting, waits.
+    how many of them were answered from memory. ``requests``: of the kernel, ``at_once``: how many of them were answered
+    in the step in which they were read. ``spins`` and ``sleeps``: calls answered without waiting, waits.
     """
 
     time_s: float
@@ -122,6 +123,8 @@ class Counts(msgspec.Struct, frozen=True):
     in_flight: int
     absent_asked: int
     absent_known: int
+    requests: int
+    at_once: int
     spins: int
     sleeps: int
     daemons: tuple[DaemonCounts, ...]

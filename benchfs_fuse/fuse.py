@@ -414,6 +414,10 @@ class BenchfsOperations(pyfuse3.Operations):
         #: Questions for attributes that hardly any file has, and how many were answered from memory.
         self.absent_asked = self.absent_known = 0
 
+    def answered(self) -> tuple[int, int]:
+        """Return how many requests were read from the kernel, and how many of them were answered at once."""
+        return (self._companion.counts.read, self._companion.counts.at_once) if self._companion is not None else (0, 0)
+
     def asked(self) -> tuple[int, int]:
         """Return the kernel's name of the request that was handed over last, and when it was read; before any await."""
         if self._companion is None:

@@ -151,8 +151,11 @@ class Mount:
             serve = fuse.serve
             if library is not None and interrupts is not None:
                 extras = Extras(library, operations, session.files, locks, interrupts, xattr=settings.xattr)
-                at_once = AtOnce(library, operations, session.files, session.network.note_turn)
-                prepare(library, at_once.hooks(extras.hooks()))
+                hooks = extras.hooks()
+                if "allow_root" not in self._options.fuse_options:  # libfuse looks who asks, if it hears of a request
+                    at_once = AtOnce(library, operations, session.files, session.network.note_turn)
+                    hooks = at_once.hooks(hooks)
+                prepare(library, hooks)
                 library.wait_for_next(SOON_NS if session.network.spin_ns else 0)
                 serve = functools.partial(extras.serve, fuse.serve)
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:

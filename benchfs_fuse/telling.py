@@ -46,6 +46,7 @@ async def count(session: Session, operations: "BenchfsOperations") -> Counts:
         sum(link.in_flight for link in session.links.statistics()),
         operations.absent_asked,
         operations.absent_known,
+        *operations.answered(),
         network.spins,
         network.sleeps,
         tuple(

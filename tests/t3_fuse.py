@@ -896,6 +896,27 @@ async def test_a_file_that_is_being_written_is_listed_with_its_size(
 # ── extended attributes ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
+async def test_an_error_that_another_process_met_at_its_close_is_still_told_by_fsync() -> None:
+    """A child closes what it has inherited, and mostly asks nobody whether that went well."""
+    async with mounted(1) as (ops, _, whole):
+        info, _ = await ops.create(1, b"f", 0o644, os.O_RDWR, CTX)
+        whole.chunks[0].rates = Rates(no_space=1.0)
+        assert await ops.write(info.fh, 0, b"lost") == 4
+        with pytest.raises(FUSEError) as raised:
+            await ops.flush(info.fh)
+        assert raised.value.errno == errno.ENOSPC
+        whole.chunks[0].rates = Rates()
+        await ops.flush(info.fh)
+        assert await ops.write(info.fh, 4, b"kept") == 4
+        with pytest.raises(FUSEError) as raised:
+            await ops.fsync(info.fh, False)
+        assert raised.value.errno == errno.ENOSPC
+        await ops.fsync(info.fh, False)
+        assert bytes(await ops.read(info.fh, 0, 10)) == b"\0\0\0\0kept"
+        await ops.flush(info.fh)
+        await ops.release(info.fh)
+
+
 async def test_what_the_kernel_asks_before_every_write_is_answered_from_memory(kernel: Kernel) -> None:
     async with whole_cluster() as whole, operations(whole) as (ops, _, _), whole.client() as other:
 

@@ -87,7 +87,8 @@ def _lines(record: control.MountRecord, rates: Rates) -> list[str]:
         f"{decimal(report.accepted_bytes)} accepted and not flushed, {report.handles} handles",
         f"  read {_bytes(now.bytes_read - before.bytes_read, seconds)}, "
         f"written {_bytes(now.bytes_written - before.bytes_written, seconds)}; "
-        f"answered without sleeping: {_percent(_spun(rates))}; "
+        f"answered by daemons without sleeping: {_percent(_spun(rates))}",
+        f"  answered at once: {_percent(_at_once(rates))}; "
         f"rare attributes answered from memory: "
         f"{_percent(_remembered(rates))}",
         "",
@@ -119,6 +120,12 @@ def _spun(rates: Rates) -> float | None:
     """Return which part of the answers came before anybody slept."""
     spins = rates.now.spins - rates.before.spins
     return _part(spins, spins + rates.now.sleeps - rates.before.sleeps)
+
+
+def _at_once(rates: Rates) -> float | None:
+    """Return which part of the kernel's requests was answered in the step in which it was read."""
+    now, before = rates.now, rates.before
+    return _part(now.at_once - before.at_once, now.requests - before.requests)
 
 
 def _remembered(rates: Rates) -> float | None:

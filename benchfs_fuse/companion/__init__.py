@@ -79,6 +79,14 @@ class _Wishes(ctypes.Structure):
     )
 
 
+class RequestCounts(ctypes.Structure):
+    """Count the requests that were read, and those of them that were answered at once."""
+
+    read: int
+    at_once: int
+    _fields_ = (("read", ctypes.c_uint64), ("at_once", ctypes.c_uint64))
+
+
 class _Data(ctypes.Structure):
     _fields_ = (("at", ctypes.c_void_p), ("size", ctypes.c_uint64))
 
@@ -185,6 +193,7 @@ class Companion:
         self.request = Request.in_dll(library, "benchfs_request")
         #: Where hooks that answer at once put their answers, as linux/fuse.h has them.
         self.answer = memoryview((ctypes.c_char * ANSWER_MAX).in_dll(library, "benchfs_answer")).cast("B")
+        self.counts = RequestCounts.in_dll(library, "benchfs_counts")
         self._data = _Data.in_dll(library, "benchfs_data")
         self._callbacks: list[Any] = []
         self._reply_err = _function(library, "fuse_reply_err", _U64, _INT)

@@ -120,6 +120,12 @@ PUBLIC struct benchfs_wishes benchfs_wishes;
 PUBLIC struct benchfs_granted benchfs_granted;
 PUBLIC struct benchfs_request benchfs_request;
 PUBLIC struct benchfs_hooks benchfs_hooks;
+/* Requests that were read, and those of them that were answered at once. */
+PUBLIC struct {
+	uint64_t read;
+	uint64_t at_once;
+} benchfs_counts;
+
 /* What hooks answer at once: this, and data behind it. */
 PUBLIC char benchfs_answer[256];
 PUBLIC struct {
@@ -395,10 +401,12 @@ static int answered(struct fuse_session *se, const struct fuse_buf *buf)
 	if (buf->flags & FUSE_BUF_IS_FD || buf->size < sizeof *in)
 		return 0;
 	note(in, buf->size);
+	benchfs_counts.read++;
 	benchfs_data.size = 0;
 	answer = answer_of(in, buf->size);
 	if (answer == LEAVE)
 		return 0;
+	benchfs_counts.at_once++;
 	out.unique = in->unique;
 	if (answer < 0) {
 		out.error = answer;

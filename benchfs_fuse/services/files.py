@@ -38,9 +38,9 @@ flushes what has been dirty for ``gather_time_s``, one for each flush that it st
 - *Touch and close.* A close waits for the touch that its reads have caused, so atime does not change after it.
 
 **Errors.** A write that is waited for raises. Gathered bytes that cannot be written are dropped; every handle that was
-open then reports it once, at its next fsync or close, and takes no more bytes until then: whoever copies a large file
-to a full disk learns it soon. The one who mounted is told (``on_dropped``), to drop the kernel's pages too. The last
-release tells the daemon that what lies behind the size is doubtful.
+open then reports it at its next fsync, and at a close before that, once each, and takes no more bytes until the first
+of them: whoever copies a large file to a full disk learns it soon. The one who mounted is told (``on_dropped``), to
+drop the kernel's pages too. The last release tells the daemon that what lies behind the size is doubtful.
 
 For whoever adds an ``await``: between it and the line before, every handle may be closed, the size may change and runs
 may come and go. Look again at what you knew.
@@ -142,8 +142,10 @@ class Handle:
         self.reads = access != os.O_WRONLY
         self.writes = access != os.O_RDONLY
         self.append = self.writes and bool(flags & os.O_APPEND)
-        #: Gathered bytes were dropped, or a disk has lost bytes, since this handle last reported.
+        #: Gathered bytes were dropped, or a disk has lost bytes, since this handle last reported; since it was last
+        #: synced. Processes share a handle (fork, dup): who closes it may not be who wants to know what is safe.
         self.error: FsError | None = None
+        self.unsafe: FsError | None = None
         self.touched = bool(flags & os.O_NOATIME)
         #: It was given back, or is being given back.
         self.released = False
@@ -155,9 +157,19 @@ class Handle:
         """Return the inode number."""
         return self.node.ino
 
+    def fail(self, error: FsError) -> None:
+        """Take note that bytes of the file are lost."""
+        self.error = self.unsafe = error
+
     def take_error(self) -> None:
-        """Raise, once, that gathered bytes were dropped."""
+        """Raise, once, that bytes are lost; an fsync will say so, too."""
         error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+    def take_unsafe(self) -> None:
+        """Raise, once, that bytes are lost that were to be synced."""
+        error, self.error, self.unsafe = self.unsafe, None, None
         if error is not None:
             raise error
 
@@ -427,7 +439,7 @@ class Files:
         """Take note that gathered bytes are lost."""
         node.doubtful = True
         for handle in node.handles:
-            handle.error = error
+            handle.fail(error)
         self.on_dropped(node.ino)
 
     async def settle(self, handle: Handle) -> None:
@@ -550,7 +562,7 @@ class Files:
             if home == daemon_id or daemon_id in node.writing.unsynced | node.being_synced:
                 for handle in node.handles:
                     if handle.writes:
-                        handle.error = error
+                        handle.fail(error)
         self.namespace.power_lost(daemon_id)
 
     # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -716,7 +728,7 @@ class Files:
         node = handle.node
         self.check_open(handle)
         await node.writing.settle_all()
-        handle.take_error()
+        handle.take_unsafe()
 
         async def sync_inode() -> None:
             await self._quiet(node)
@@ -729,7 +741,7 @@ class Files:
                 await self._sync_data(node, handle)
 
         await all_of(lambda sync: sync(), (sync_chunks, sync_inode))
-        handle.take_error()  # power may have been lost meanwhile
+        handle.take_unsafe()  # power may have been lost meanwhile
 
     async def _sync_data(self, node: _Node, handle: Handle) -> None:
         daemons = node.writing.unsynced
@@ -744,7 +756,7 @@ class Files:
             node.unanswered += isinstance(error, DaemonUnreachable)
             if isinstance(error, StorageError):  # a disk says once that it lost bytes, which may be anybody's
                 for other in node.handles - {handle}:
-                    other.error = error
+                    other.fail(error)
             raise
         finally:
             node.being_synced = set()
