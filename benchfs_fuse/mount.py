@@ -155,9 +155,10 @@ class Mount:
                 if "allow_root" not in self._options.fuse_options:  # libfuse looks who asks, if it hears of a request
                     at_once = AtOnce(library, operations, session.files, session.network.note_turn)
                     hooks = at_once.hooks(hooks)
+                    serve = functools.partial(at_once.serve, serve)
                 prepare(library, hooks)
                 library.wait_for_next(SOON_NS if session.network.spin_ns else 0)
-                serve = functools.partial(extras.serve, fuse.serve)
+                serve = functools.partial(extras.serve, serve)
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 self._mount(operations, session)
                 try:

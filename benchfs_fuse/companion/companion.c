@@ -24,6 +24,7 @@
 #include <fcntl.h>
 #include <fuse_lowlevel.h>
 #include <linux/fuse.h>
+#include <poll.h>
 #include <sched.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -79,8 +80,8 @@ struct benchfs_hooks {
 	void (*setxattr)(fuse_req_t, uint64_t ino, const char *name, const char *value, uint64_t size, int flags,
 			 uint32_t uid);
 	void (*interrupt)(uint64_t unique);
-	/* Answers at once: one more than the bytes of the answer that lie in benchfs_answer, -errno, or LEAVE. Who asks, and
-	 * his umask, are in benchfs_request. */
+	/* Answers at once: one more than the bytes of the answer that lie in benchfs_answer, -errno, LEAVE or LATER. Who
+	 * asks, and his umask, are in benchfs_request. */
 	int (*lookup_now)(uint64_t parent, const char *name);
 	int (*getattr_now)(uint64_t ino);
 	int (*setattr_now)(uint64_t ino, const struct fuse_setattr_in *change);
@@ -95,10 +96,13 @@ struct benchfs_hooks {
 	int (*flush_now)(uint64_t fh, uint64_t owner);
 	int (*release_now)(uint64_t fh);
 	int (*getxattr_now)(uint64_t ino, const char *name);
+	/* Answers what was to be answered later, as far as that can be done now; tells whether anything is left. */
+	int (*settle_now)(void);
 };
 
-/* A hook leaves a request to libfuse. */
+/* A hook leaves a request to libfuse; it will answer it by benchfs_reply. */
 #define LEAVE 0
+#define LATER (-65536)
 /* Nanoseconds in which requests are answered one after the other before the rest of the process has its turn. */
 #define TURN_NS 1000000
 /* Nanoseconds after which a look for the next request says that others need the processor more; times left out after
@@ -120,7 +124,7 @@ PUBLIC struct benchfs_wishes benchfs_wishes;
 PUBLIC struct benchfs_granted benchfs_granted;
 PUBLIC struct benchfs_request benchfs_request;
 PUBLIC struct benchfs_hooks benchfs_hooks;
-/* Requests that were read, and those of them that were answered at once. */
+/* Requests that were read, and those of them that hooks answer. */
 PUBLIC struct {
 	uint64_t read;
 	uint64_t at_once;
@@ -390,24 +394,13 @@ static int answer_of(const struct fuse_in_header *in, size_t size)
 	return answer_by_name(in, body, end);
 }
 
-/* Answer a request if that can be done at once; tell whether it was. Who asked may have gone: then nobody misses it. */
-static int answered(struct fuse_session *se, const struct fuse_buf *buf)
+/* Answer a request: as a hook says, with what it has left in benchfs_answer and benchfs_data. Who asked may have gone:
+ * then nobody misses it. */
+PUBLIC void benchfs_reply(uint64_t unique, int answer)
 {
-	const struct fuse_in_header *in = buf->mem;
-	struct fuse_out_header out = { .len = sizeof out };
+	struct fuse_out_header out = { .len = sizeof out, .unique = unique };
 	struct iovec parts[3] = { { &out, sizeof out }, { benchfs_answer, 0 }, { NULL, 0 } };
-	int answer;
 
-	if (buf->flags & FUSE_BUF_IS_FD || buf->size < sizeof *in)
-		return 0;
-	note(in, buf->size);
-	benchfs_counts.read++;
-	benchfs_data.size = 0;
-	answer = answer_of(in, buf->size);
-	if (answer == LEAVE)
-		return 0;
-	benchfs_counts.at_once++;
-	out.unique = in->unique;
 	if (answer < 0) {
 		out.error = answer;
 	} else {
@@ -416,9 +409,36 @@ static int answered(struct fuse_session *se, const struct fuse_buf *buf)
 		parts[2].iov_len = benchfs_data.size;
 		out.len += parts[1].iov_len + parts[2].iov_len;
 	}
-	while (writev(fuse_session_fd(se), parts, 3) < 0 && errno == EINTR)
+	benchfs_data.size = 0;
+	while (writev(fuse_session_fd(session), parts, 3) < 0 && errno == EINTR)
 		;
-	return 1;
+}
+
+/* Have the hooks answer a request, at once or later; return LEAVE if libfuse has to. */
+static int take(const struct fuse_buf *buf)
+{
+	const struct fuse_in_header *in = buf->mem;
+	int answer;
+
+	if (buf->flags & FUSE_BUF_IS_FD || buf->size < sizeof *in)
+		return LEAVE;
+	note(in, buf->size);
+	benchfs_counts.read++;
+	benchfs_data.size = 0;
+	answer = answer_of(in, buf->size);
+	if (answer != LEAVE)
+		benchfs_counts.at_once++;
+	if (answer != LEAVE && answer != LATER)
+		benchfs_reply(in->unique, answer);
+	return answer;
+}
+
+/* Tell whether more requests are there to be read. */
+PUBLIC int benchfs_more(void)
+{
+	struct pollfd device = { .fd = fuse_session_fd(session), .events = POLLIN };
+
+	return poll(&device, 1, 0) == 1;
 }
 
 /* Wait a little for the next request: whoever was answered often goes on with another one, and to sleep and be woken
@@ -452,7 +472,7 @@ PUBLIC int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *bu
 	static int (*next)(struct fuse_session *, struct fuse_buf *);
 	static struct fuse_session *prepared;
 	uint64_t began;
-	int received;
+	int received, answer, later = 0;
 
 	if (!next)
 		next = libfuse("fuse_session_receive_buf");
@@ -465,10 +485,17 @@ PUBLIC int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *bu
 	benchfs_request.turn++;
 	began = now_ns();
 	received = next(se, buf);
-	while (received > 0 && answered(se, buf)) {
+	while (received > 0 && (answer = take(buf)) != LEAVE) {
+		later |= answer == LATER;
 		if (now_ns() - began > TURN_NS)
 			return -EINTR;
 		received = next(se, buf);
+		if (received == -EAGAIN && later) {
+			if (!benchfs_hooks.settle_now || benchfs_hooks.settle_now())
+				return -EINTR;
+			later = 0;
+			received = next(se, buf);
+		}
 		if (received == -EAGAIN && benchfs_wishes.soon_ns)
 			received = read_soon(next, se, buf);
 	}

@@ -48,7 +48,7 @@ import re
 import resource
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,7 @@ from ..limits import (
 )
 from ..model import ClientId
 from ..observe import recording, spans
-from ..ports import Buffer, Channel, Ending, Handler, Peer, Reply
+from ..ports import Buffer, Channel, Ending, Handler, Peer, Reply, Waiting
 from . import frames, meeting
 from .addresses import is_public, public_devices
 from .handshake import Card, Handshake, Role
@@ -262,6 +262,33 @@ class _Call:
         self.event: trio.Event | None = None
 
 
+class _Waiting:
+    """Be a call under way; see ports.Waiting."""
+
+    __slots__ = ("_call", "_channel", "_op", "_started_ns")
+
+    def __init__(self, channel: "UcxChannel", call: _Call, op: int, started_ns: int) -> None:
+        self._channel = channel
+        self._call = call
+        self._op = op
+        self._started_ns = started_ns
+
+    def poll(self) -> bool:
+        """Poll for the reply, if nobody else waits; tell whether it is there."""
+        return self._channel.poll_for(self._call)
+
+    def take(self) -> Reply | None:
+        """Return the reply, in place of awaiting it; None: it is not there, or there will be none."""
+        reply = self._call.reply
+        if reply is not None and self._started_ns:
+            self._channel.record(self._call, self._op, self._started_ns)
+        return reply
+
+    def __await__(self) -> Generator[Any, Any, Reply]:
+        """Wait for the reply. Disconnected."""
+        return self._channel.wait(self._call, self._op, self._started_ns).__await__()
+
+
 class _Slot:
     """Hold one buffer for a request's payload, its posted receive, and the request that waits for it or uses it."""
 
@@ -367,8 +394,14 @@ class UcxChannel:
         return answer
 
     def call_now(
-        self, op: int, body: bytes, payload: Buffer | None = None, into: memoryview | None = None
-    ) -> Reply | Awaitable[Reply] | None:
+        self,
+        op: int,
+        body: bytes,
+        payload: Buffer | None = None,
+        into: memoryview | None = None,
+        *,
+        poll: bool = True,
+    ) -> Reply | Waiting | None:
         """Begin a call without waiting for anything; see ports.Channel."""
         bulk = payload is not None and len(payload) > INLINE_MAX
         if (
@@ -381,28 +414,37 @@ class UcxChannel:
         self._room.acquire_nowait()
         if bulk:
             self._bulk_room.acquire_nowait()
-        return self._begin(op, body, payload, into, bulk)
+        return self._begin(op, body, payload, into, bulk, poll)
 
     def _begin(
-        self, op: int, body: bytes, payload: Buffer | None, into: memoryview | None, bulk: bool
-    ) -> Reply | Awaitable[Reply]:
-        """Send a request and poll for its reply, if nobody else waits; return that, or what waits for it."""
-        engine = self._engine
+        self, op: int, body: bytes, payload: Buffer | None, into: memoryview | None, bulk: bool, poll: bool = True
+    ) -> Reply | Waiting:
+        """Send a request and ``poll`` for its reply, if nobody else waits; return that, or what waits for it."""
         started_ns = recording.now()
         call = self._start(op, body, payload, into, bulk)
+        if not poll:
+            self._settle()
+        elif self.poll_for(call, len(payload) if payload is not None else 0) and call.reply is not None:
+            if started_ns:
+                self.record(call, op, started_ns)
+            return call.reply
+        return _Waiting(self, call, op, started_ns)
+
+    def poll_for(self, call: _Call, size: int = 0) -> bool:
+        """Poll for the reply to a request, ``size`` bytes long, if nobody else waits; tell whether it is there.
+
+        For the classes of this module.
+        """
+        engine = self._engine
         if not engine.waiting and not call.done:
             engine.waiting = 1
-            self._spin(call, call.want or (len(payload) if payload is not None else 0))
+            self._spin(call, call.want or size)
             engine.waiting = 0
-        if call.done and call.reply is not None:
-            if started_ns:
-                self._record(call, op, started_ns)
-            return call.reply
-        engine.waiting += 1
-        return self._wait(call, op, started_ns)
+        return call.reply is not None
 
-    async def _wait(self, call: _Call, op: int, started_ns: int) -> Reply:
-        """Wait for the reply of a request that was sent. Whoever was given this awaits it, at once."""
+    async def wait(self, call: _Call, op: int, started_ns: int) -> Reply:
+        """Wait for the reply of a request that was sent; for the classes of this module."""
+        self._engine.waiting += 1
         try:
             if not call.done:
                 call.event = trio.Event()  # before settling, which may find the reply
@@ -411,12 +453,13 @@ class UcxChannel:
         finally:
             self._engine.waiting -= 1
         if started_ns:
-            self._record(call, op, started_ns)
+            self.record(call, op, started_ns)
         if call.reply is None:
             raise Disconnected(f"the connection to {self._peer.host} ended while request {op} was under way")
         return call.reply
 
-    def _record(self, call: _Call, op: int, started_ns: int) -> None:
+    def record(self, call: _Call, op: int, started_ns: int) -> None:
+        """Record a request whose caller goes on now; for the classes of this module."""
         if (recorder := recording.recorder) is not None:
             sent_ns = call.sent_ns or started_ns
             recorder.add_request(self._peer.daemon_id, call.number, op, started_ns, sent_ns, call.answered_ns)
