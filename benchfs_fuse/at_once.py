@@ -44,6 +44,7 @@ from .fuse import (
     finish,
     step,
 )
+from .limits import KIB
 from .model import Attrs
 from .observe import recording
 from .services.deadline import Deadline, Parked
@@ -61,6 +62,8 @@ _ENTRY_OUT = struct.Struct("=QQQQII" + _ATTR)
 _OPEN_OUT = struct.Struct("=QII")
 _WRITE_OUT = struct.Struct("=II")
 _SETATTR_IN = struct.Struct("=IIQQQqqqIIIIIIII")
+#: Longest write that is begun here though it is sent at once: if it waits, its bytes are copied a second time.
+COPIED_MAX = 64 * KIB
 FATTR_MODE, FATTR_UID, FATTR_GID, FATTR_SIZE, FATTR_ATIME, FATTR_MTIME, FATTR_FH = (1 << bit for bit in range(7))
 FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE = 1 << 0, 1 << 1
 
@@ -174,6 +177,8 @@ class AtOnce:
         except BadHandle:
             return LEAVE
         if not self._files.write_now(handle, offset, size, take):
+            if size > COPIED_MAX:
+                return LEAVE
             return self._begin(_OPS.write, (fh, offset, take()), self._pack_written, asks_once=True)
         self._operations.bytes_written += size
         self._count("write", started_ns)
@@ -211,6 +216,7 @@ class AtOnce:
         if not error:
             return pack(result)
         if error == WAITS:
+            assert self._operations.begun is None, "pyfuse3 has taken up what was begun before"
             self._operations.begun = Begun(request.unique, begun, result)
             return LEAVE
         if error == PARKED:

@@ -152,7 +152,8 @@ class Mount:
             if library is not None and interrupts is not None:
                 extras = Extras(library, operations, session.files, locks, interrupts, xattr=settings.xattr)
                 hooks = extras.hooks()
-                if "allow_root" not in self._options.fuse_options:  # libfuse looks who asks, if it hears of a request
+                # libfuse looks who asks, if it hears of a request.
+                if not any("allow_root" in words.split(",") for words in self._options.fuse_options):
                     at_once = AtOnce(library, operations, session.files, session.network.note_turn)
                     hooks = at_once.hooks(hooks)
                     serve = functools.partial(at_once.serve, serve)

@@ -1,6 +1,7 @@
 """What is answered in the step in which it is read, on real mounts: that it is, and that the answers are the same."""
 
 import contextlib
+import ctypes
 import errno
 import os
 import signal
@@ -75,6 +76,57 @@ def test_small_calls_are_mostly_answered_at_once(mount: Mount) -> None:
     with opened(path) as fd:
         assert shares(mount, lambda: os.fstat(fd)) > 0.5
     assert shares(mount, lambda: os.stat(path)) > 0.5
+
+
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
+
+
+def renameat2(old: Path, new: Path, flags: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    at_cwd = -100
+    if libc.renameat2(at_cwd, os.fsencode(old), at_cwd, os.fsencode(new), flags):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize("rename", [os.rename, lambda old, new: renameat2(old, new, RENAME_NOREPLACE)])
+def test_renames_of_both_kinds_are_answered_at_once(mount: Mount, rename: Callable[[Path, Path], None]) -> None:
+    """Linux has two requests for it: with and without flags."""
+    names = [mount.mountpoint / "renamed", mount.mountpoint / "renamed back"]
+    names[0].write_bytes(b"x")
+    assert shares(mount, lambda: rename(*sorted(names, key=lambda path: not path.exists()))) > 0.5
+    (left,) = (path for path in names if path.exists())
+    left.unlink()
+
+
+def test_flags_of_renames_hold(mount: Mount) -> None:
+    one, two = mount.mountpoint / "flags one", mount.mountpoint / "flags two"
+    one.write_bytes(b"1")
+    two.write_bytes(b"2")
+    with refused(errno.EEXIST):
+        renameat2(one, two, RENAME_NOREPLACE)
+    renameat2(one, two, RENAME_EXCHANGE)
+    assert (one.read_bytes(), two.read_bytes()) == (b"2", b"1")
+    one.rename(two)
+    assert not one.exists() and two.read_bytes() == b"2"
+
+
+@pytest.mark.parametrize("umask", [0, 0o027, 0o777])
+def test_the_umask_counts(mount: Mount, plain: Mount, umask: int) -> None:
+    made = []
+    before = os.umask(umask)
+    try:
+        for where in (mount, plain):
+            root = where.mountpoint / f"umask {umask:o} {where.mountpoint.name}"
+            os.mkdir(root, 0o777)
+            root.chmod(0o777)
+            os.mkdir(root / "directory", 0o1775)
+            with opened(root / "file", os.O_CREAT | os.O_WRONLY, 0o6666):
+                pass
+            made.append([stat.S_IMODE((root / name).lstat().st_mode) for name in ("directory", "file")])
+    finally:
+        os.umask(before)
+    assert made[0] == made[1]
 
 
 @contextlib.contextmanager

@@ -64,6 +64,36 @@ def test_the_library_is_built_here() -> None:
     assert companion.LIBRARY.find() is not None
 
 
+def test_a_hook_that_fails_answers_eio(caplog: pytest.LogCaptureFixture) -> None:
+    """Where a function raises, ctypes returns what lies about: that would be sent as an answer."""
+
+    def raising(ino: int) -> int:
+        raise MemoryError("no more")
+
+    assert companion._answering("getattr_now", raising)(1) == -errno.EIO
+    assert companion._answering("getattr_now", lambda ino: ino)(105) == 105
+    assert "getattr_now failed" in caplog.text and "no more" in caplog.text
+
+
+def test_data_of_an_answer_is_kept_until_the_next() -> None:
+    """In a process of its own: the library is loaded once, before pyfuse3."""
+    script = """
+import weakref
+from benchfs_fuse import companion
+class Buffer(bytearray): pass
+library = companion.load()
+assert library is not None
+data = Buffer(b"x" * 1000)
+seen = weakref.ref(data)
+library.append(memoryview(data)[:10])
+del data
+assert seen() is not None
+library.append(memoryview(b""))
+assert seen() is None
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_the_connection_is_set_up_without_root(mount: Mount) -> None:
     mounted = kernel_mounts.find(mount.mountpoint)
     assert mounted is not None

@@ -10,6 +10,7 @@ returns; the answer is given later, in the same thread, by one of the ``reply_``
 
 import ctypes
 import errno
+import logging
 import os
 import struct
 import sys
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..compiled import Compiled
+
+log = logging.getLogger(__name__)
 
 #: Capabilities of the connection: FUSE_CAP_* of libfuse's fuse_common.h.
 CAP_POSIX_LOCKS = 1 << 1
@@ -200,6 +203,8 @@ class Companion:
         self.counts = RequestCounts.in_dll(library, "benchfs_counts")
         self._data = _Data.in_dll(library, "benchfs_data")
         self._callbacks: list[Any] = []
+        #: What the library has the address of.
+        self._kept = memoryview(b"")
         self._reply_err = _function(library, "fuse_reply_err", _U64, _INT)
         self._reply_write = _function(library, "fuse_reply_write", _U64, ctypes.c_size_t)
         self._reply_lseek = _function(library, "fuse_reply_lseek", _U64, _I64)
@@ -242,7 +247,7 @@ class Companion:
             functions["setxattr"] = copy_xattr
         for name, function in functions.items():
             if function is not None:
-                callback = _PROTOTYPES[name](function)
+                callback = _PROTOTYPES[name](_answering(name, function) if name.endswith("_now") else function)
                 self._callbacks.append(callback)
                 setattr(self._hooks, name, callback)
 
@@ -277,6 +282,7 @@ class Companion:
 
     def append(self, data: memoryview) -> None:
         """Add data to the answer that is given at once; it is the caller's again when the hook has returned."""
+        self._kept = data
         if len(data):
             self._data.at, self._data.size = ctypes.addressof(ctypes.c_char.from_buffer(data)), len(data)
 
@@ -296,6 +302,22 @@ class Companion:
         """Answer which lock stands in the way (``kind`` F_UNLCK: none)."""
         # struct flock of fcntl(2) where off_t has 64 bits, aligned.
         self._reply_lock(request, struct.pack("@hhqqi", kind, os.SEEK_SET, start, length, pid))
+
+
+def _answering(name: str, function: Callable[..., int]) -> Callable[..., int]:
+    """Have a hook that answers give an answer whatever happens: where Python raises, ctypes returns what lies about.
+
+    EIO, since something may have been done; for ``settle_now`` that is as good as "something is left".
+    """
+
+    def run(*args: Any) -> int:
+        try:
+            return function(*args)
+        except BaseException:  # there is nobody above who could take it
+            log.exception("%s failed", name)
+            return -errno.EIO
+
+    return run
 
 
 def copied(address: int, size: int) -> bytes:

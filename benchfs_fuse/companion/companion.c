@@ -28,6 +28,7 @@
 #include <sched.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <string.h>
 #include <time.h>
 #include <sys/file.h>
@@ -363,6 +364,14 @@ static int answer_of(const struct fuse_in_header *in, size_t size)
 		name = name_in(rest, end);
 		return name && hooks->mkdir_now ? hooks->mkdir_now(in->nodeid, name, make->mode) : LEAVE;
 	}
+	case FUSE_RENAME: {
+		ARGUMENT(fuse_rename_in, rename);
+		name = name_in(rest, end);
+		new_name = name ? name_in(name + strlen(name) + 1, end) : NULL;
+		return new_name && hooks->rename_now ?
+			       hooks->rename_now(in->nodeid, name, rename->newdir, new_name, 0) :
+			       LEAVE;
+	}
 	case FUSE_RENAME2: {
 		ARGUMENT(fuse_rename2_in, rename);
 		name = name_in(rest, end);
@@ -394,13 +403,26 @@ static int answer_of(const struct fuse_in_header *in, size_t size)
 	return answer_by_name(in, body, end);
 }
 
-/* Answer a request: as a hook says, with what it has left in benchfs_answer and benchfs_data. Who asked may have gone:
- * then nobody misses it. */
+/* Give an answer to the kernel; return 0 or an errno. */
+static int give(struct iovec *parts, int count)
+{
+	while (writev(fuse_session_fd(session), parts, count) < 0)
+		if (errno != EINTR)
+			return errno;
+	return 0;
+}
+
+/* Answer a request: as a hook says, with what it has left in benchfs_answer and benchfs_data. That nobody waits any more
+ * (ENOENT: the caller was freed; ENODEV: the file system has gone) is nobody's loss. Whoever would wait for an answer that
+ * the kernel does not take, gets EIO. */
 PUBLIC void benchfs_reply(uint64_t unique, int answer)
 {
 	struct fuse_out_header out = { .len = sizeof out, .unique = unique };
 	struct iovec parts[3] = { { &out, sizeof out }, { benchfs_answer, 0 }, { NULL, 0 } };
+	int error;
 
+	if (answer > 1 + (int)sizeof benchfs_answer)
+		answer = -EIO;
 	if (answer < 0) {
 		out.error = answer;
 	} else {
@@ -410,8 +432,13 @@ PUBLIC void benchfs_reply(uint64_t unique, int answer)
 		out.len += parts[1].iov_len + parts[2].iov_len;
 	}
 	benchfs_data.size = 0;
-	while (writev(fuse_session_fd(session), parts, 3) < 0 && errno == EINTR)
-		;
+	error = give(parts, 3);
+	if (error && error != ENOENT && error != ENODEV) {
+		fprintf(stderr, "the kernel does not take an answer of %u bytes: %s\n", out.len, strerror(error));
+		out.len = sizeof out;
+		out.error = -EIO;
+		give(parts, 1);
+	}
 }
 
 /* Have the hooks answer a request, at once or later; return LEAVE if libfuse has to. */

@@ -7,7 +7,6 @@ from typing import Any
 import trio
 
 from ..errors import FsError
-from .deadline import before_waiting
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +44,6 @@ class Jobs:
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run jobs until cancelled. What is cancelled is finished after the next start, from the store."""
-        before_waiting()
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             queued, self._queued = self._queued, []

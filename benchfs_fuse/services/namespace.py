@@ -50,6 +50,7 @@ from ..rpc.messages import (
     ValueReply,
 )
 from ..rpc.messages import Link as LinkRequest
+from .deadline import before_waiting
 from .parallel import each
 
 #: Times that a name is looked up whose inode was gone each time: another client replaces it as fast as we look.
@@ -323,6 +324,7 @@ class Namespace:
             link = self.links.to(daemon_id)
             if daemon_id in self._usage and not link.connected:
                 return
+            before_waiting()
             with trio.move_on_after(SPACE_TIMEOUT_S), suppress(DaemonUnreachable, StorageError):
                 self._usage[daemon_id] = (await link.call(Usage(), UsageReply)).usage
                 told.add(daemon_id)
