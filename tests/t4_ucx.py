@@ -236,6 +236,18 @@ async def test_what_the_user_says_of_transports_is_followed(monkeypatch: pytest.
         assert (await here.connect(address)).transport == "tcp"
 
 
+@pytest.mark.parametrize("size", ["64k", "65536", "64KB", "128K", "1m"])
+def test_segments_with_which_transfers_hang_are_refused(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    monkeypatch.setenv("UCX_SYSV_SEG_SIZE", size)
+    with pytest.raises(UserError, match=f"UCX_SYSV_SEG_SIZE={size} in the environment"):
+        ucx.Ucx()
+
+
+@pytest.mark.parametrize("size", ["", "8k", "65535", "60KB", "auto"])
+def test_other_segments_are_ucxs_matter(size: str) -> None:
+    ucx.check_segments(size)
+
+
 @pytest.mark.parametrize(
     ("tls", "net_devices", "words"),
     [

@@ -98,6 +98,11 @@ ENVIRONMENT = {
 #: Without that it follows a null pointer when a rendezvous is given up; over TCP there need not be any.
 WITHOUT_RDMA = {"UCX_MEM_EVENTS": "n"}
 RDMA_DEVICES = Path("/sys/class/infiniband")
+#: Where UCX is told how large segments of shared memory are, and the largest with which it works (1.21: with 64 KiB,
+#: whose length does not go into 16 bits, transfers hang).
+SEGMENTS = "UCX_SYSV_SEG_SIZE"
+SEGMENT_MAX = (1 << 16) - 1
+_SHIFTS = {"": 0, "k": 10, "m": 20, "g": 30}
 #: Transport for peers that share memory with us, and for all others.
 SHARED_TLS = "sysv"
 REMOTE_TLS = "^sysv,posix,cma,knem,xpmem"
@@ -190,10 +195,21 @@ def _without_blas_threads() -> Iterator[None]:
             os.environ[name] = before
 
 
+def check_segments(text: str) -> None:
+    """Refuse a size of segments of shared memory with which transfers hang. UserError."""
+    match = re.fullmatch(r"(\d+)([kKmMgG]?)[bB]?", text.strip())
+    if match and int(match[1]) << _SHIFTS[match[2].lower()] > SEGMENT_MAX:
+        raise UserError(
+            f"with {SEGMENTS}={text} in the environment, transfers over shared memory hang: leave it out, or set "
+            "less than 64k"
+        )
+
+
 class Ucx:
     """Hold what is used of ucxx and of UCX itself, for this module and for measuring it. Any: ucxx has no types."""
 
     def __init__(self) -> None:
+        check_segments(os.environ.get(SEGMENTS, ""))
         self._rdma = RDMA_DEVICES.is_dir() and any(RDMA_DEVICES.iterdir())
         for name, value in (ENVIRONMENT if self._rdma else ENVIRONMENT | WITHOUT_RDMA).items():
             os.environ.setdefault(name, value)
