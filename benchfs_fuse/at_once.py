@@ -9,10 +9,6 @@ handler, whatever that has to do. So the companion library asks here first. Thre
   polled for it. Answered at once.
 - A handler waits. Then the request goes to pyfuse3, whose task takes up the handler where it stands (``fuse.Begun``).
   That task is the one in whose step it was begun, so nothing of trio's is in a wrong place.
-- Other requests are there to be read while a handler waits for a daemon's answer: it is *parked* until they have been
-  begun, too, so that the daemons work on all of them at once. Reads and writes, which ask once, are taken up then; what
-  may wait for something else behind the answer, by a task of ours, in the next turn; what has no answer by then gets a
-  task of its own.
 
 The answers are the kernel's structures (linux/fuse.h), as libfuse would write them.
 """
@@ -22,32 +18,15 @@ import functools
 import logging
 import struct
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import trio
-
-from .companion import LATER, LEAVE, Companion, Hooks, copied
+from .companion import LEAVE, Companion, Hooks, copied
 from .errors import BadHandle
-from .fuse import (
-    BLOCK_SIZE_ADVISED,
-    BLOCKS_UNIT,
-    PARKED,
-    WAITS,
-    Begun,
-    BenchfsOperations,
-    Created,
-    Opened,
-    Shown,
-    begin,
-    finish,
-    step,
-)
+from .fuse import BLOCK_SIZE_ADVISED, BLOCKS_UNIT, WAITS, BenchfsOperations, Created, Opened, Shown, begin
 from .limits import KIB
 from .model import Attrs
 from .observe import recording
-from .services.deadline import Deadline, Parked
 from .services.files import Files
 
 log = logging.getLogger(__name__)
@@ -105,16 +84,6 @@ class Fields(NamedTuple):
     update_mtime: bool
 
 
-class _UnderWay(NamedTuple):
-    """Be a request whose handler is parked; ``pack`` makes the answer."""
-
-    unique: int
-    handler: Coroutine[Any, Any, Any]
-    parked: Parked
-    pack: Callable[[Any], int]
-    asks_once: bool
-
-
 class AtOnce:
     """Be the hooks of the companion library that answer at once.
 
@@ -127,13 +96,6 @@ class AtOnce:
         self._companion = companion
         self._note_turn = note_turn
         self._turn = 0
-        self._parked: deque[_UnderWay] = deque()
-        self._some_parked = trio.Event()
-        #: Operations that were parked and are not answered yet; set and replaced when there are none.
-        self._under_way = 0
-        self._answered = trio.Event()
-        self._nursery: trio.Nursery
-        Deadline.others_wait = companion.more
         self._operations = operations
         self._files = files
 
@@ -154,7 +116,6 @@ class AtOnce:
             flush_now=self._flush,
             release_now=self._release,
             getxattr_now=self._getxattr,
-            settle_now=self._settle,
         )
 
     # ── what is known here ───────────────────────────────────────────────────────────────────────────────────────────
@@ -179,7 +140,7 @@ class AtOnce:
         if not self._files.write_now(handle, offset, size, take):
             if size > COPIED_MAX:
                 return LEAVE
-            return self._begin(_OPS.write, (fh, offset, take()), self._pack_written, asks_once=True)
+            return self._begin(_OPS.write, (fh, offset, take()), self._pack_written)
         self._operations.bytes_written += size
         self._count("write", started_ns)
         return self._pack_written(size)
@@ -198,103 +159,15 @@ class AtOnce:
 
     # ── what a handler does ──────────────────────────────────────────────────────────────────────────────────────────
 
-    def _begin(
-        self,
-        handler: Callable[..., Any],
-        arguments: tuple[Any, ...],
-        pack: Callable[[Any], int],
-        *,
-        asks_once: bool = False,
-    ) -> int:
-        """Begin a handler, and answer if it ends. ``asks_once``: behind a daemon's answer it waits for nothing."""
-        request = self._companion.request
-        if request.turn != self._turn:
-            self._turn = request.turn
+    def _begin(self, handler: Callable[..., Any], arguments: tuple[Any, ...], pack: Callable[[Any], int]) -> int:
+        turn = self._companion.request.turn
+        if turn != self._turn:
+            self._turn = turn
             self._note_turn()
-        begun = begin(self._operations, handler, *arguments)
-        error, result = step(begun)
-        if not error:
-            return pack(result)
-        if error == WAITS:
-            assert self._operations.begun is None, "pyfuse3 has taken up what was begun before"
-            self._operations.begun = Begun(request.unique, begun, result)
-            return LEAVE
-        if error == PARKED:
-            self._under_way += 1
-            self._park(_UnderWay(request.unique, begun, result, pack, asks_once))
-            return LATER
-        return -error
-
-    # ── what was parked ──────────────────────────────────────────────────────────────────────────────────────────────
-
-    async def serve(self, main: Callable[[], Awaitable[None]]) -> None:
-        """Serve for as long as ``main`` runs, and until what was begun has been answered."""
-        async with trio.open_nursery() as self._nursery:
-            self._nursery.start_soon(self._take_up_all)
-            await main()
-            while self._under_way:
-                await self._answered.wait()
-            self._nursery.cancel_scope.cancel()
-
-    def _park(self, one: "_UnderWay") -> None:
-        """Have an operation taken up in the next turn of the event loop, when all beside it have been begun."""
-        self._parked.append(one)
-        self._some_parked.set()
-
-    def _settle(self) -> bool:
-        """Take up, where they were begun, those that cannot wait any more; tell whether others are left."""
-        left: deque[_UnderWay] = deque()
-        while self._parked:
-            one = self._parked.popleft()
-            if not one.asks_once or not one.parked.poll():
-                left.append(one)
-            elif self._take_up(one) is not None:
-                log.error("request %d waits for something behind its answer, and cannot go on", one.unique)
-        self._parked = left
-        return bool(left)
-
-    async def _take_up_all(self) -> None:
-        """Take up what is parked, one after the other, until one has to wait: then another task goes on with them."""
-        while True:
-            while not self._parked:
-                self._some_parked = trio.Event()
-                await self._some_parked.wait()
-            one = self._parked.popleft()
-            if one.parked.poll():
-                waits_for = self._take_up(one)
-                if waits_for is not None:
-                    self._nursery.start_soon(self._take_up_all)
-                    await self._finish(one, waits_for)
-                    return
-            else:
-                self._nursery.start_soon(self._wait_for, one)
-
-    async def _wait_for(self, one: "_UnderWay") -> None:
-        waits_for = self._take_up(one)
-        if waits_for is not None:
-            await self._finish(one, waits_for)
-
-    def _take_up(self, one: "_UnderWay") -> Begun | None:
-        """Let an operation go on in this step of the task; return what this task has to await if it waits."""
-        one.parked.take_up()
-        error, result = step(one.handler)
-        if error == WAITS:
-            return Begun(one.unique, one.handler, result)
-        if error == PARKED:
-            self._park(one._replace(parked=result))
-        else:
-            self._answer(one, error, result)
-        return None
-
-    async def _finish(self, one: "_UnderWay", waits_for: Begun) -> None:
-        self._answer(one, *await finish(waits_for))
-
-    def _answer(self, one: "_UnderWay", error: int, result: Any) -> None:
-        self._companion.reply(one.unique, -error if error else one.pack(result))
-        self._under_way -= 1
-        if not self._under_way:
-            self._answered.set()
-            self._answered = trio.Event()
+        error, result = begin(self._operations, handler, *arguments)
+        if error:
+            return LEAVE if error == WAITS else -error
+        return pack(result)
 
     def _caller(self) -> Caller:
         request = self._companion.request
@@ -338,7 +211,7 @@ class AtOnce:
         return self._begin(_OPS.create, (parent, name, mode, flags, self._caller()), self._pack_created)
 
     def _read(self, fh: int, offset: int, size: int) -> int:
-        return self._begin(_OPS.read, (fh, offset, size), self._pack_data, asks_once=True)
+        return self._begin(_OPS.read, (fh, offset, size), self._pack_data)
 
     def _release(self, fh: int) -> int:
         return self._begin(_OPS.release, (fh,), _nothing)

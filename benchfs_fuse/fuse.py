@@ -55,7 +55,7 @@ from .observe import recording
 from .observe.statistics import Statistics
 from .privileges import Who
 from .rpc.messages import TIME_NOW, TIME_OMIT
-from .services.deadline import Deadline, Parked, before_waiting
+from .services.deadline import Deadline, before_waiting
 from .services.file_locks import FileLocks
 from .services.files import Files, Handle
 from .services.namespace import Namespace, Page
@@ -158,13 +158,13 @@ def guarded(handler: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., C
     patient = name in FLUSHING
 
     @functools.wraps(handler)
-    async def guard(operations: Any, *args: Any, lazily: bool = True) -> Any:
+    async def guard(operations: Any, *args: Any) -> Any:
         started_ns = time.perf_counter_ns()
         recorder = recording.recorder
         operation = recorder.begin_operation(name, *operations.asked()) if recorder is not None else None
         error = 0
         try:
-            with Deadline(math.inf if patient else operations.timeout_s, lazily=lazily):
+            with Deadline(math.inf if patient else operations.timeout_s, lazily=operations.by_hand):
                 return await handler(operations, *args)
             raise DaemonUnreachable(f"{name} took longer than {operations.timeout_s} s")
         except Exception as failure:  # noqa: BLE001  the one place where everything is caught, and logged
@@ -180,7 +180,7 @@ def guarded(handler: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., C
         begun, operations.begun = operations.begun, None
         if begun is not None:
             assert begun.unique == operations.asked()[0], "pyfuse3 hears of the request whose handler was begun"
-        result = await (begun or guard(operations, *args, lazily=False))
+        result = await (begun or guard(operations, *args))
         return result.for_pyfuse3() if isinstance(result, Shown | Opened | Created) else result
 
     return run
@@ -264,40 +264,29 @@ class Begun:
                 return done.value
 
 
-#: What ``step`` says of a handler that waits for something; of one that waits for an answer and may be taken up by any
-#: task, see ``Parked``. No errno.
+#: What ``begin`` says of a handler that waits for something; no errno.
 WAITS = -1
-PARKED = -2
 
 
-def begin(operations: "BenchfsOperations", handler: Callable[..., Any], *args: Any) -> Coroutine[Any, Any, Any]:
-    """Return what a ``guarded`` handler does, with its own result, to be begun by ``step`` in this step of the task."""
-    return cast(Coroutine[Any, Any, Any], handler.__wrapped__(operations, *args))  # type: ignore[attr-defined]
+def begin(operations: "BenchfsOperations", handler: Callable[..., Any], *args: Any) -> tuple[int, Any]:
+    """Let a ``guarded`` handler go as far as it gets without waiting; return its errno (0: none) and its own result.
 
-
-def step(handler: Coroutine[Any, Any, Any]) -> tuple[int, Any]:
-    """Let a handler go as far as it gets without waiting; return its errno (0: none) and its result.
-
-    WAITS: what is to be done with what it waits for is what ``Begun`` does. PARKED: with it.
+    WAITS: it has more to do, and will do it when pyfuse3 calls the handler for this request, which has to come next.
     """
+    begun = handler.__wrapped__(operations, *args)  # type: ignore[attr-defined]
+    operations.by_hand = True
     try:
-        waits_for = handler.send(None)
+        waits_for = begun.send(None)
     except StopIteration as done:
         return 0, done.value
     except FUSEError as error:
         return error.errno, None
-    if isinstance(waits_for, Parked):
-        return PARKED, waits_for
+    finally:
+        operations.by_hand = False
     before_waiting()
-    return WAITS, waits_for
-
-
-async def finish(begun: "Begun") -> tuple[int, Any]:
-    """Let a handler go on to its end; return its errno (0: none) and its result."""
-    try:
-        return 0, await begun
-    except FUSEError as error:
-        return error.errno, None
+    assert operations.begun is None, "pyfuse3 has taken up what was begun before"
+    operations.begun = Begun(operations.asked()[0], begun, waits_for)
+    return WAITS, None
 
 
 class _Told:
@@ -417,6 +406,8 @@ class BenchfsOperations(pyfuse3.Operations):
         self._leaving: dict[int, trio.Event] = {}
         #: The handler of the request that pyfuse3 is about to hear of, if it was begun before; see at_once.
         self.begun: Begun | None = None
+        #: A handler is being begun by hand.
+        self.by_hand = False
         self.statistics = Statistics()
         self.bytes_read = self.bytes_written = 0
         #: Longest time for an operation, s.

@@ -156,10 +156,9 @@ class Mount:
                 if not any("allow_root" in words.split(",") for words in self._options.fuse_options):
                     at_once = AtOnce(library, operations, session.files, session.network.note_turn)
                     hooks = at_once.hooks(hooks)
-                    serve = functools.partial(at_once.serve, serve)
                 prepare(library, hooks)
                 library.wait_for_next(SOON_NS if session.network.spin_ns else 0)
-                serve = functools.partial(extras.serve, serve)
+                serve = functools.partial(extras.serve, fuse.serve)
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 self._mount(operations, session)
                 try:

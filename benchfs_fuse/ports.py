@@ -5,8 +5,8 @@ Each port has several implementations, one of them in memory for tests, and one 
 """
 
 import enum
-from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 from .model import ChunkId, ClientId, DataRange, DiskUsage
 
@@ -278,18 +278,12 @@ class Channel(Protocol):
         ...
 
     def call_now(
-        self,
-        op: int,
-        body: bytes,
-        payload: Buffer | None = None,
-        into: memoryview | None = None,
-        *,
-        poll: bool = True,
-    ) -> "Reply | Waiting | None":
+        self, op: int, body: bytes, payload: Buffer | None = None, into: memoryview | None = None
+    ) -> Reply | Awaitable[Reply] | None:
         """Begin a call without waiting for anything: return the reply if it comes at once, or else what to await.
 
-        None: nothing was sent; ``call`` can wait for what is missing. What is to be awaited is in all else like
-        ``call``. Without ``poll`` nobody looks whether the reply comes at once.
+        None: nothing was sent; ``call`` can wait for what is missing. The awaitable has to be awaited, at once, and is
+        in all else like ``call``.
         """
         ...
 
@@ -299,22 +293,6 @@ class Channel(Protocol):
 
     async def aclose(self) -> None:
         """End the connection; calls under way raise Disconnected. No request of this connection is served later."""
-        ...
-
-
-class Waiting(Protocol):
-    """Be a call under way, to be awaited once."""
-
-    def poll(self) -> bool:
-        """Look for the reply for as long as that may be worth it; tell whether it is there."""
-        ...
-
-    def take(self) -> Reply | None:
-        """Return the reply, in place of awaiting it; None: it is not there, or there will be none."""
-        ...
-
-    def __await__(self) -> Generator[Any, Any, Reply]:
-        """Wait for the reply. Disconnected."""
         ...
 
 

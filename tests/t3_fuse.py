@@ -158,6 +158,7 @@ class Counting:
     def __init__(self) -> None:
         self.statistics = Statistics()
         self.begun = None
+        self.by_hand = False
 
     def asked(self) -> tuple[int, int]:
         return 42, 7

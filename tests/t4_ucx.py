@@ -236,7 +236,7 @@ async def test_what_the_user_says_of_transports_is_followed(monkeypatch: pytest.
         assert (await here.connect(address)).transport == "tcp"
 
 
-@pytest.mark.parametrize("size", ["64k", "65536", "64KB", "128K", "1m"])
+@pytest.mark.parametrize("size", ["64k", "65536", "64KB", "128K", "1m", "1t", "inf"])
 def test_segments_with_which_transfers_hang_are_refused(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
     monkeypatch.setenv("UCX_SYSV_SEG_SIZE", size)
     with pytest.raises(UserError, match=f"UCX_SYSV_SEG_SIZE={size} in the environment"):

@@ -83,7 +83,7 @@ class _Wishes(ctypes.Structure):
 
 
 class RequestCounts(ctypes.Structure):
-    """Count the requests that were read, and those of them that hooks answer."""
+    """Count the requests that were read, and those of them that were answered at once."""
 
     read: int
     at_once: int
@@ -122,11 +122,9 @@ _PROTOTYPES = {
     "flush_now": ctypes.CFUNCTYPE(_INT, _U64, _U64),
     "release_now": ctypes.CFUNCTYPE(_INT, _U64),
     "getxattr_now": ctypes.CFUNCTYPE(_INT, _U64, ctypes.c_char_p),
-    "settle_now": ctypes.CFUNCTYPE(_INT),
 }
-#: What a hook says that leaves a request to pyfuse3, and one that will answer it by ``Companion.reply``.
+#: What a hook says that leaves a request to pyfuse3.
 LEAVE = 0
-LATER = -65536
 
 
 class _Hooks(ctypes.Structure):
@@ -155,8 +153,8 @@ class Hooks(NamedTuple):
     #: (unique): the caller of a request was sent a signal. No answer.
     interrupt: Callable[[int], None] | None = None
 
-    # Answers before pyfuse3 hears of a request: one more than the bytes that lie in ``Companion.answer``, -errno, LEAVE
-    # or LATER. ``Companion.request`` says who asks. What lies at an address is the library's again when a hook returns.
+    # Answers before pyfuse3 hears of a request: one more than the bytes that lie in ``Companion.answer``, -errno, or
+    # LEAVE. ``Companion.request`` says who asks. What lies at an address is the library's again when the hook returns.
     #: (directory, name)
     lookup_now: Callable[[int, bytes], int] | None = None
     #: (inode)
@@ -185,8 +183,6 @@ class Hooks(NamedTuple):
     release_now: Callable[[int], int] | None = None
     #: (inode, name)
     getxattr_now: Callable[[int, bytes], int] | None = None
-    #: (): answers, by ``reply``, what was to be answered later and can be now; tells whether anything is left.
-    settle_now: Callable[[], bool] | None = None
 
 
 class Companion:
@@ -209,9 +205,6 @@ class Companion:
         self._reply_write = _function(library, "fuse_reply_write", _U64, ctypes.c_size_t)
         self._reply_lseek = _function(library, "fuse_reply_lseek", _U64, _I64)
         self._reply_lock = _function(library, "fuse_reply_lock", _U64, ctypes.c_char_p)
-        self._reply = library.benchfs_reply
-        self._reply.argtypes, self._reply.restype = [_U64, _INT], None
-        self._more = _function(library, "benchfs_more")
         self._free_caller = _function(library, "benchfs_free_caller", _U64)
         self._write_back = _function(library, "benchfs_write_back", _U64, _I64, _I64)
         library.benchfs_asked.argtypes, library.benchfs_asked.restype = [_U64], ctypes.c_uint32
@@ -272,14 +265,6 @@ class Companion:
         if error not in (0, errno.ENOENT):
             raise OSError(error, os.strerror(error))
 
-    def reply(self, unique: int, answer: int) -> None:
-        """Answer a request of which a hook has said LATER, as a hook does; ``unique`` names it in the protocol."""
-        self._reply(unique, answer)
-
-    def more(self) -> bool:
-        """Tell whether more requests are there to be read."""
-        return bool(self._more())
-
     def append(self, data: memoryview) -> None:
         """Add data to the answer that is given at once; it is the caller's again when the hook has returned."""
         self._kept = data
@@ -307,7 +292,7 @@ class Companion:
 def _answering(name: str, function: Callable[..., int]) -> Callable[..., int]:
     """Have a hook that answers give an answer whatever happens: where Python raises, ctypes returns what lies about.
 
-    EIO, since something may have been done; for ``settle_now`` that is as good as "something is left".
+    EIO, since something may have been done.
     """
 
     def run(*args: Any) -> int:

@@ -24,7 +24,6 @@
 #include <fcntl.h>
 #include <fuse_lowlevel.h>
 #include <linux/fuse.h>
-#include <poll.h>
 #include <sched.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -81,8 +80,8 @@ struct benchfs_hooks {
 	void (*setxattr)(fuse_req_t, uint64_t ino, const char *name, const char *value, uint64_t size, int flags,
 			 uint32_t uid);
 	void (*interrupt)(uint64_t unique);
-	/* Answers at once: one more than the bytes of the answer that lie in benchfs_answer, -errno, LEAVE or LATER. Who
-	 * asks, and his umask, are in benchfs_request. */
+	/* Answers at once: one more than the bytes of the answer that lie in benchfs_answer, -errno, or LEAVE. Who asks, and
+	 * his umask, are in benchfs_request. */
 	int (*lookup_now)(uint64_t parent, const char *name);
 	int (*getattr_now)(uint64_t ino);
 	int (*setattr_now)(uint64_t ino, const struct fuse_setattr_in *change);
@@ -97,13 +96,10 @@ struct benchfs_hooks {
 	int (*flush_now)(uint64_t fh, uint64_t owner);
 	int (*release_now)(uint64_t fh);
 	int (*getxattr_now)(uint64_t ino, const char *name);
-	/* Answers what was to be answered later, as far as that can be done now; tells whether anything is left. */
-	int (*settle_now)(void);
 };
 
-/* A hook leaves a request to libfuse; it will answer it by benchfs_reply. */
+/* A hook leaves a request to libfuse. */
 #define LEAVE 0
-#define LATER (-65536)
 /* Nanoseconds in which requests are answered one after the other before the rest of the process has its turn. */
 #define TURN_NS 1000000
 /* Nanoseconds after which a look for the next request says that others need the processor more; times left out after
@@ -125,7 +121,7 @@ PUBLIC struct benchfs_wishes benchfs_wishes;
 PUBLIC struct benchfs_granted benchfs_granted;
 PUBLIC struct benchfs_request benchfs_request;
 PUBLIC struct benchfs_hooks benchfs_hooks;
-/* Requests that were read, and those of them that hooks answer. */
+/* Requests that were read, and those of them that were answered at once. */
 PUBLIC struct {
 	uint64_t read;
 	uint64_t at_once;
@@ -412,10 +408,10 @@ static int give(struct iovec *parts, int count)
 	return 0;
 }
 
-/* Answer a request: as a hook says, with what it has left in benchfs_answer and benchfs_data. That nobody waits any more
- * (ENOENT: the caller was freed; ENODEV: the file system has gone) is nobody's loss. Whoever would wait for an answer that
- * the kernel does not take, gets EIO. */
-PUBLIC void benchfs_reply(uint64_t unique, int answer)
+/* Answer a request as a hook says, with what it has left in benchfs_answer and benchfs_data. That nobody waits any more
+ * (ENODEV: the file system has gone) is nobody's loss. Whoever would wait for an answer that the kernel does not take,
+ * gets EIO. */
+static void reply(uint64_t unique, int answer)
 {
 	struct fuse_out_header out = { .len = sizeof out, .unique = unique };
 	struct iovec parts[3] = { { &out, sizeof out }, { benchfs_answer, 0 }, { NULL, 0 } };
@@ -431,7 +427,6 @@ PUBLIC void benchfs_reply(uint64_t unique, int answer)
 		parts[2].iov_len = benchfs_data.size;
 		out.len += parts[1].iov_len + parts[2].iov_len;
 	}
-	benchfs_data.size = 0;
 	error = give(parts, 3);
 	if (error && error != ENOENT && error != ENODEV) {
 		fprintf(stderr, "the kernel does not take an answer of %u bytes: %s\n", out.len, strerror(error));
@@ -441,31 +436,23 @@ PUBLIC void benchfs_reply(uint64_t unique, int answer)
 	}
 }
 
-/* Have the hooks answer a request, at once or later; return LEAVE if libfuse has to. */
-static int take(const struct fuse_buf *buf)
+/* Answer a request if that can be done at once; tell whether it was. */
+static int answered(const struct fuse_buf *buf)
 {
 	const struct fuse_in_header *in = buf->mem;
 	int answer;
 
 	if (buf->flags & FUSE_BUF_IS_FD || buf->size < sizeof *in)
-		return LEAVE;
+		return 0;
 	note(in, buf->size);
 	benchfs_counts.read++;
 	benchfs_data.size = 0;
 	answer = answer_of(in, buf->size);
-	if (answer != LEAVE)
-		benchfs_counts.at_once++;
-	if (answer != LEAVE && answer != LATER)
-		benchfs_reply(in->unique, answer);
-	return answer;
-}
-
-/* Tell whether more requests are there to be read. */
-PUBLIC int benchfs_more(void)
-{
-	struct pollfd device = { .fd = fuse_session_fd(session), .events = POLLIN };
-
-	return poll(&device, 1, 0) == 1;
+	if (answer == LEAVE)
+		return 0;
+	benchfs_counts.at_once++;
+	reply(in->unique, answer);
+	return 1;
 }
 
 /* Wait a little for the next request: whoever was answered often goes on with another one, and to sleep and be woken
@@ -499,7 +486,7 @@ PUBLIC int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *bu
 	static int (*next)(struct fuse_session *, struct fuse_buf *);
 	static struct fuse_session *prepared;
 	uint64_t began;
-	int received, answer, later = 0;
+	int received;
 
 	if (!next)
 		next = libfuse("fuse_session_receive_buf");
@@ -512,17 +499,10 @@ PUBLIC int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *bu
 	benchfs_request.turn++;
 	began = now_ns();
 	received = next(se, buf);
-	while (received > 0 && (answer = take(buf)) != LEAVE) {
-		later |= answer == LATER;
+	while (received > 0 && answered(buf)) {
 		if (now_ns() - began > TURN_NS)
 			return -EINTR;
 		received = next(se, buf);
-		if (received == -EAGAIN && later) {
-			if (!benchfs_hooks.settle_now || benchfs_hooks.settle_now())
-				return -EINTR;
-			later = 0;
-			received = next(se, buf);
-		}
 		if (received == -EAGAIN && benchfs_wishes.soon_ns)
 			received = read_soon(next, se, buf);
 	}

@@ -107,13 +107,6 @@ def stop() -> Recorder | None:
     return stopped
 
 
-def swap(span: Span | None) -> Span | None:
-    """Have this task do another operation, or none, from here on; return what it did."""
-    before = _current.get()
-    _current.set(span)
-    return before
-
-
 def now() -> int:
     """Return the time for ``note``; 0 while nobody records."""
     return time.perf_counter_ns() if recorder is not None else 0

@@ -36,14 +36,13 @@ from ..layout import ShardMap
 from ..limits import IN_FLIGHT_MAX
 from ..model import ClientId
 from ..observe import recording, spans
-from ..ports import Buffer, Channel, Reply, Waiting
-from ..services.deadline import Parked, before_waiting, may_park
+from ..ports import Buffer, Channel, Reply
+from ..services.deadline import before_waiting
 from .messages import (
     Body,
     Done,
     Failure,
     Forget,
-    GetAttr,
     Goodbye,
     Heartbeat,
     Hello,
@@ -53,12 +52,10 @@ from .messages import (
     Lookup,
     OpenCount,
     Prepare,
-    ReadChunk,
     ReadChunkReply,
     Reclaim,
     ReclaimReply,
     Request,
-    WriteChunk,
     decode,
     encode,
     encode_recorded,
@@ -78,8 +75,6 @@ ORDINARY_MAX = IN_FLIGHT_MAX - 1
 #: end such waits (Finish, TrimChunks …): with all places taken by waiters, nobody would ever be done.
 WAITING_MAX = IN_FLIGHT_MAX // 2
 _MAY_WAIT = (Prepare, Lookup)
-#: Requests whose senders may be parked: none of them holds a lock of trio's, which another task could not give back.
-_MAY_PARK = (ReadChunk, WriteChunk, GetAttr, Lookup)
 
 #: Times per lease that a silent session is checked. A connection that has fallen silent is given up at the second or
 #: third of them, which leaves half of the lease to come back over a new one.
@@ -146,16 +141,14 @@ _PLACE = -1
 class _Begun(NamedTuple):
     """Hold what a request has: its turn (a slot, or one of the above), its encoded body, and how far it is.
 
-    ``reply``: it is answered. ``waiting``: it was sent over ``channel``, and this waits for the answer; ``parked``: not
-    before others that wait beside it were begun.
+    ``reply``: it is answered. ``waiting``: it was sent over ``channel``, and this waits for the answer.
     """
 
     turn: int
     body: bytes
     reply: Reply | None = None
     channel: Channel | None = None
-    waiting: Waiting | None = None
-    parked: Parked | None = None
+    waiting: Awaitable[Reply] | None = None
 
 
 class Link:
@@ -216,13 +209,9 @@ class Link:
         self._in_flight += 1
         try:
             begun = self._begin(request, payload, into)
-            if begun is not None:
-                if begun.parked is not None:
-                    await begun.parked
-                    begun = begun._replace(reply=begun.waiting.take() if begun.waiting is not None else None)
-                if begun.reply is not None:
-                    self._give_back(begun.turn)
-                    return self._answer(begun.reply, reply_type)
+            if begun is not None and begun.reply is not None:
+                self._give_back(begun.turn)
+                return self._answer(begun.reply, reply_type)
             timeout_s = float("inf") if patient else self._links.op_timeout_s
             before_waiting()
             with trio.CancelScope(deadline=trio.current_time() + timeout_s):
@@ -242,17 +231,14 @@ class Link:
         if not unbounded:
             self._places.acquire_nowait()
         turn, body = self._take_slot(request, unbounded=unbounded)
-        park = isinstance(request, _MAY_PARK) and may_park()
         try:
-            answer = channel.call_now(request.op, body, payload, into, poll=not park)
+            answer = channel.call_now(request.op, body, payload, into)
         except BaseException:
             self._give_back(turn)
             raise
-        if answer is None:
-            return _Begun(turn, body)
         if isinstance(answer, Reply):
             return _Begun(turn, body, answer)
-        return _Begun(turn, body, None, channel, answer, Parked(answer) if park else None)
+        return _Begun(turn, body, None, channel, answer) if answer is not None else _Begun(turn, body)
 
     async def _take_turn(self, request: Request, late: Late[Any] | None) -> "_Begun":
         """Wait for a place for a request; for a recorded one behind what was given up before it."""

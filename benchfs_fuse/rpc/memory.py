@@ -14,7 +14,7 @@ requests overtake each other. Nothing sleeps. What a real network does to a conn
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Self
 
@@ -98,16 +98,10 @@ class MemoryChannel:
         return self._ending
 
     def call_now(
-        self,
-        op: int,
-        body: bytes,
-        payload: Buffer | None = None,
-        into: memoryview | None = None,
-        *,
-        poll: bool = True,
-    ) -> None:
+        self, op: int, body: bytes, payload: Buffer | None = None, into: memoryview | None = None
+    ) -> Reply | Awaitable[Reply] | None:
         """Begin a call without waiting for anything: every message takes its time here."""
-        return
+        return None
 
     async def aclose(self) -> None:
         """End the connection and wait until none of its requests is being served at this end."""

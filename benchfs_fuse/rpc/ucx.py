@@ -48,7 +48,7 @@ import re
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,7 @@ from ..limits import (
 )
 from ..model import ClientId
 from ..observe import recording, spans
-from ..ports import Buffer, Channel, Ending, Handler, Peer, Reply, Waiting
+from ..ports import Buffer, Channel, Ending, Handler, Peer, Reply
 from . import frames, meeting
 from .addresses import is_public, public_devices
 from .handshake import Card, Handshake, Role
@@ -102,7 +102,7 @@ RDMA_DEVICES = Path("/sys/class/infiniband")
 #: whose length does not go into 16 bits, transfers hang).
 SEGMENTS = "UCX_SYSV_SEG_SIZE"
 SEGMENT_MAX = (1 << 16) - 1
-_SHIFTS = {"": 0, "k": 10, "m": 20, "g": 30}
+_SHIFTS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 #: Transport for peers that share memory with us, and for all others.
 SHARED_TLS = "sysv"
 REMOTE_TLS = "^sysv,posix,cma,knem,xpmem"
@@ -197,8 +197,8 @@ def _without_blas_threads() -> Iterator[None]:
 
 def check_segments(text: str) -> None:
     """Refuse a size of segments of shared memory with which transfers hang. UserError."""
-    match = re.fullmatch(r"(\d+)([kKmMgG]?)[bB]?", text.strip())
-    if match and int(match[1]) << _SHIFTS[match[2].lower()] > SEGMENT_MAX:
+    match = re.fullmatch(r"(\d+)([kKmMgGtT]?)[bB]?", text.strip())
+    if text.strip() == "inf" or (match and int(match[1]) << _SHIFTS[match[2].lower()] > SEGMENT_MAX):
         raise UserError(
             f"with {SEGMENTS}={text} in the environment, transfers over shared memory hang: leave it out, or set "
             "less than 64k"
@@ -276,33 +276,6 @@ class _Call:
         self.reply: Reply | None = None
         self.done = False
         self.event: trio.Event | None = None
-
-
-class _Waiting:
-    """Be a call under way; see ports.Waiting."""
-
-    __slots__ = ("_call", "_channel", "_op", "_started_ns")
-
-    def __init__(self, channel: "UcxChannel", call: _Call, op: int, started_ns: int) -> None:
-        self._channel = channel
-        self._call = call
-        self._op = op
-        self._started_ns = started_ns
-
-    def poll(self) -> bool:
-        """Poll for the reply, if nobody else waits; tell whether it is there."""
-        return self._channel.poll_for(self._call)
-
-    def take(self) -> Reply | None:
-        """Return the reply, in place of awaiting it; None: it is not there, or there will be none."""
-        reply = self._call.reply
-        if reply is not None and self._started_ns:
-            self._channel.record(self._call, self._op, self._started_ns)
-        return reply
-
-    def __await__(self) -> Generator[Any, Any, Reply]:
-        """Wait for the reply. Disconnected."""
-        return self._channel.wait(self._call, self._op, self._started_ns).__await__()
 
 
 class _Slot:
@@ -410,14 +383,8 @@ class UcxChannel:
         return answer
 
     def call_now(
-        self,
-        op: int,
-        body: bytes,
-        payload: Buffer | None = None,
-        into: memoryview | None = None,
-        *,
-        poll: bool = True,
-    ) -> Reply | Waiting | None:
+        self, op: int, body: bytes, payload: Buffer | None = None, into: memoryview | None = None
+    ) -> Reply | Awaitable[Reply] | None:
         """Begin a call without waiting for anything; see ports.Channel."""
         bulk = payload is not None and len(payload) > INLINE_MAX
         if (
@@ -430,37 +397,28 @@ class UcxChannel:
         self._room.acquire_nowait()
         if bulk:
             self._bulk_room.acquire_nowait()
-        return self._begin(op, body, payload, into, bulk, poll)
+        return self._begin(op, body, payload, into, bulk)
 
     def _begin(
-        self, op: int, body: bytes, payload: Buffer | None, into: memoryview | None, bulk: bool, poll: bool = True
-    ) -> Reply | Waiting:
-        """Send a request and ``poll`` for its reply, if nobody else waits; return that, or what waits for it."""
+        self, op: int, body: bytes, payload: Buffer | None, into: memoryview | None, bulk: bool
+    ) -> Reply | Awaitable[Reply]:
+        """Send a request and poll for its reply, if nobody else waits; return that, or what waits for it."""
+        engine = self._engine
         started_ns = recording.now()
         call = self._start(op, body, payload, into, bulk)
-        if not poll:
-            self._settle()
-        elif self.poll_for(call, len(payload) if payload is not None else 0) and call.reply is not None:
-            if started_ns:
-                self.record(call, op, started_ns)
-            return call.reply
-        return _Waiting(self, call, op, started_ns)
-
-    def poll_for(self, call: _Call, size: int = 0) -> bool:
-        """Poll for the reply to a request, ``size`` bytes long, if nobody else waits; tell whether it is there.
-
-        For the classes of this module.
-        """
-        engine = self._engine
         if not engine.waiting and not call.done:
             engine.waiting = 1
-            self._spin(call, call.want or size)
+            self._spin(call, call.want or (len(payload) if payload is not None else 0))
             engine.waiting = 0
-        return call.reply is not None
+        if call.done and call.reply is not None:
+            if started_ns:
+                self._record(call, op, started_ns)
+            return call.reply
+        engine.waiting += 1
+        return self._wait(call, op, started_ns)
 
-    async def wait(self, call: _Call, op: int, started_ns: int) -> Reply:
-        """Wait for the reply of a request that was sent; for the classes of this module."""
-        self._engine.waiting += 1
+    async def _wait(self, call: _Call, op: int, started_ns: int) -> Reply:
+        """Wait for the reply of a request that was sent. Whoever was given this awaits it, at once."""
         try:
             if not call.done:
                 call.event = trio.Event()  # before settling, which may find the reply
@@ -469,13 +427,12 @@ class UcxChannel:
         finally:
             self._engine.waiting -= 1
         if started_ns:
-            self.record(call, op, started_ns)
+            self._record(call, op, started_ns)
         if call.reply is None:
             raise Disconnected(f"the connection to {self._peer.host} ended while request {op} was under way")
         return call.reply
 
-    def record(self, call: _Call, op: int, started_ns: int) -> None:
-        """Record a request whose caller goes on now; for the classes of this module."""
+    def _record(self, call: _Call, op: int, started_ns: int) -> None:
         if (recorder := recording.recorder) is not None:
             sent_ns = call.sent_ns or started_ns
             recorder.add_request(self._peer.daemon_id, call.number, op, started_ns, sent_ns, call.answered_ns)

@@ -6,14 +6,10 @@ whoever is about to open a scope or a nursery of his own, which would have to li
 """
 
 import logging
-from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import ClassVar
 
 import trio
-
-from ..observe import recording
-from ..ports import Waiting
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +22,6 @@ class Deadline:
 
     #: That of what is being begun now and has not waited yet.
     pending: "ClassVar[Deadline | None]" = None
-    #: Tells whether others wait to be begun; set by who begins by hand.
-    others_wait: ClassVar[Callable[[], bool]] = staticmethod(lambda: False)
 
     def __init__(self, seconds: float, *, lazily: bool) -> None:
         self._seconds = seconds
@@ -51,12 +45,6 @@ class Deadline:
         self._scope = trio.move_on_after(self._seconds)
         self._scope.__enter__()
 
-    def move_here(self) -> None:
-        """Be that of what runs now, in another task than before. The scope was not entered yet."""
-        assert Deadline.pending is None and self._scope is None
-        self._status = _scopes_now()
-        Deadline.pending = self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
@@ -64,38 +52,6 @@ class Deadline:
         if Deadline.pending is self:
             Deadline.pending = None
         return bool(self._scope is not None and self._scope.__exit__(kind, error, traceback))
-
-
-class Parked:
-    """Say, as what a coroutine yields, that an operation begun by hand waits for an answer, and for nothing else yet.
-
-    Nothing of the task in whose step it was begun has a part in it then: any other may take it up, by ``take_up`` and
-    then a step of ``handler``.
-    """
-
-    def __init__(self, waiting: Waiting) -> None:
-        self._waiting = waiting
-        self._deadline, Deadline.pending = Deadline.pending, None
-        self._span = recording.swap(None)
-
-    def __await__(self) -> Generator["Parked", None, None]:
-        """Wait until somebody takes it up."""
-        yield self
-
-    def poll(self) -> bool:
-        """Look for the answer for as long as that may be worth it; tell whether it is there."""
-        return self._waiting.poll()
-
-    def take_up(self) -> None:
-        """Have the operation go on in the step of the task that runs now."""
-        assert self._deadline is not None
-        self._deadline.move_here()
-        recording.swap(self._span)
-
-
-def may_park() -> bool:
-    """Tell whether an operation is begun by hand, beside which others wait to be begun."""
-    return Deadline.pending is not None and Deadline.others_wait()
 
 
 def before_waiting() -> None:
