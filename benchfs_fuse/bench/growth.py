@@ -2,7 +2,8 @@
 
 - *Files*: creating the last file beside creating the first ones, in one directory and spread over many.
 - *Listings*: with attributes, per entry, of a short directory and a long one.
-- *Size*: opening and reading the first and the last chunk of a large sparse file, past the page cache.
+- *Size*: opening and reading chunks at the beginning and at the end of a large sparse file, past the page cache. Some
+  at each end, in turn: which daemons a single one concerns is chance.
 - *Clients*: small operations of several clients of the client library beside those of one, and how busy the
   processors were meanwhile.
 
@@ -27,7 +28,7 @@ from rich.table import Table
 
 from .. import control
 from ..errors import UserError
-from ..limits import KIB
+from ..limits import CHUNK_SIZE_DEFAULT, KIB
 from . import machine
 from .client_load import Done
 from .machine import Machine, MountFacts
@@ -37,8 +38,9 @@ from .samples import Ratio, Samples, ratio, ratio_of
 #: Files of the smaller side, and of a window of creations; directories that files are spread over.
 FEW = 1000
 SPREAD = 100
-#: Size of the sparse file, and bytes read of it at each end.
+#: Size of the sparse file, chunks at each end of it that are read, and bytes of each.
 LARGE = 10 << 30
+CHUNKS = 8
 BLOCK = 4 * KIB
 READS = 50
 #: Clients beside one, and seconds that they work for in each round.
@@ -148,18 +150,21 @@ def _listings(short: Path, long: Path, note: Callable[[], None]) -> Row:
 
 
 def _ends(path: Path, note: Callable[[], None]) -> Row:
-    """Open, read one block past the page cache and close: of the first chunk, and of the last."""
+    """Open, read one block past the page cache and close: of the first chunks in turn, and of the last ones."""
     block = mmap.mmap(-1, BLOCK)
     block[:] = os.urandom(BLOCK)
-    times: dict[int, list[list[int]]] = {0: [], LARGE - BLOCK: []}
+    first = tuple(number * CHUNK_SIZE_DEFAULT for number in range(CHUNKS))
+    last = tuple(LARGE - BLOCK - offset for offset in first)
+    times: dict[tuple[int, ...], list[list[int]]] = {first: [], last: []}
     file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_DIRECT)
-    for offset in times:
+    for offset in (*first, *last):
         os.pwritev(file, [block], offset)
     os.close(file)
     for _ in range(ROUNDS):
-        for offset, rounds in times.items():
+        for offsets, rounds in times.items():
             durations = []
-            for _ in range(READS):
+            for number in range(READS):
+                offset = offsets[number % CHUNKS]
                 started_ns = time.perf_counter_ns()
                 file = os.open(path, os.O_RDONLY | os.O_DIRECT)
                 got = os.preadv(file, [block], offset)
@@ -169,9 +174,9 @@ def _ends(path: Path, note: Callable[[], None]) -> Row:
                     raise UserError(f"{path} gives {got} bytes at {offset} instead of {BLOCK}")
             rounds.append(durations)
         note()
-    first, last = (Samples.of(rounds) for rounds in times.values())
-    what = f"open, read 4 KiB and close, of {LARGE >> 30} GiB: first and last chunk"
-    return Row(what, "µs", first.median_ns / 1e3, last.median_ns / 1e3, ratio(last, first))
+    early, late = (Samples.of(rounds) for rounds in times.values())
+    what = f"open, read 4 KiB and close, of {LARGE >> 30} GiB: the first {CHUNKS} chunks and the last {CHUNKS}"
+    return Row(what, "µs", early.median_ns / 1e3, late.median_ns / 1e3, ratio(late, early))
 
 
 def _clients(registry: Path, name: str, note: Callable[[], None]) -> Row:

@@ -53,7 +53,7 @@ examples:
 """
 _EXAMPLES_GROWTH = """\
 Makes files in one directory and spread over 100, and compares the first with the last; lists a short and a long
-directory with attributes; reads the first and the last chunk of a sparse file of 10 GiB; lets one client, then four,
+directory with attributes; reads the first and the last chunks of a sparse file of 10 GiB; lets one client, then four,
 do small operations through the client library. All of it is removed again. Some minutes with 100,000 files.
 
 examples:
