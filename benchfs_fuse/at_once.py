@@ -15,7 +15,6 @@ The answers are the kernel's structures (linux/fuse.h), as libfuse would write t
 
 import errno
 import functools
-import logging
 import struct
 import time
 from collections.abc import Callable
@@ -28,8 +27,6 @@ from .limits import KIB
 from .model import Attrs
 from .observe import recording
 from .services.files import Files
-
-log = logging.getLogger(__name__)
 
 _OPS = BenchfsOperations
 
