@@ -272,11 +272,12 @@ def test_a_mount_that_stands_still_is_told_from_its_daemons(mount: Mount, tmp_pa
 
 def test_equal_waits_are_called_a_stall(cluster: Cluster, mount: Mount, tmp_path: Path) -> None:
     number, daemon = daemon_of(cluster, mount, "f")
-    words = script(STOPPER, daemon.pid, mount.mountpoint / "f", 12, 0.05)
+    # Long ones: what counts as equal is a part of the length, and who wakes up late on a busy machine is late by itself.
+    words = script(STOPPER, daemon.pid, mount.mountpoint / "f", 10, 0.25)
     said = traced(mount.mountpoint, tmp_path / "t.json", *words)
     stall = said["stalls"][0]
     assert stall["daemon"] == number and stall["waits"] >= timeline.STALL_COUNT
-    assert stall["length_ns"] == pytest.approx(50e6, rel=0.1)
+    assert stall["length_ns"] == pytest.approx(250e6, rel=0.1)
     done = succeeds("trace", mount.mountpoint, "--out", tmp_path / "t.json", *words)
     assert "STALL: " in done.out and "that looks like a timer, not like work" in done.out
 
