@@ -272,7 +272,7 @@ def test_a_mount_that_stands_still_is_told_from_its_daemons(mount: Mount, tmp_pa
 
 def test_equal_waits_are_called_a_stall(cluster: Cluster, mount: Mount, tmp_path: Path) -> None:
     number, daemon = daemon_of(cluster, mount, "f")
-    # Long ones: what counts as equal is a part of the length, and who wakes up late on a busy machine is late by itself.
+    # Long ones: what counts as equal is a part of the length, and a busy machine adds the same to long and short ones.
     words = script(STOPPER, daemon.pid, mount.mountpoint / "f", 10, 0.25)
     said = traced(mount.mountpoint, tmp_path / "t.json", *words)
     stall = said["stalls"][0]
