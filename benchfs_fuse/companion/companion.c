@@ -301,28 +301,21 @@ static const char *name_in(const char *part, const char *end)
 	return part < end && memchr(part, 0, end - part) ? part : NULL;
 }
 
-/* Have a hook answer a request that is a name alone. */
-static int answer_by_name(const struct fuse_in_header *in, const char *body, const char *end)
+/* Have a hook rename what the two names in a part of a request say. */
+static int answer_rename(uint64_t parent, const char *names, const char *end, uint64_t new_parent, uint32_t flags)
 {
-	const struct benchfs_hooks *hooks = &benchfs_hooks;
-	const char *name = name_in(body, end);
+	const char *name = name_in(names, end), *new_name = name ? name_in(name + strlen(name) + 1, end) : NULL;
 
-	if (!name)
-		return LEAVE;
-	if (in->opcode == FUSE_LOOKUP && hooks->lookup_now)
-		return hooks->lookup_now(in->nodeid, name);
-	if (in->opcode == FUSE_UNLINK && hooks->unlink_now)
-		return hooks->unlink_now(in->nodeid, name);
-	if (in->opcode == FUSE_RMDIR && hooks->rmdir_now)
-		return hooks->rmdir_now(in->nodeid, name);
-	return LEAVE;
+	return new_name && benchfs_hooks.rename_now ?
+		       benchfs_hooks.rename_now(parent, name, new_parent, new_name, flags) :
+		       LEAVE;
 }
 
 /* Have a hook answer a request; LEAVE if none does. */
 static int answer_of(const struct fuse_in_header *in, size_t size)
 {
 	const struct benchfs_hooks *hooks = &benchfs_hooks;
-	const char *body = (const char *)(in + 1), *end = (const char *)in + size, *name, *new_name;
+	const char *body = (const char *)(in + 1), *end = (const char *)in + size, *name;
 
 /* Let a variable be what a request begins with, behind the header, and `rest` what follows; or leave the request. */
 #define ARGUMENT(type, variable) \
@@ -332,6 +325,15 @@ static int answer_of(const struct fuse_in_header *in, size_t size)
 		return LEAVE
 
 	switch (in->opcode) {
+	case FUSE_LOOKUP:
+		name = name_in(body, end);
+		return name && hooks->lookup_now ? hooks->lookup_now(in->nodeid, name) : LEAVE;
+	case FUSE_UNLINK:
+		name = name_in(body, end);
+		return name && hooks->unlink_now ? hooks->unlink_now(in->nodeid, name) : LEAVE;
+	case FUSE_RMDIR:
+		name = name_in(body, end);
+		return name && hooks->rmdir_now ? hooks->rmdir_now(in->nodeid, name) : LEAVE;
 	case FUSE_GETATTR:
 		return hooks->getattr_now ? hooks->getattr_now(in->nodeid) : LEAVE;
 	case FUSE_SETATTR: {
@@ -362,19 +364,11 @@ static int answer_of(const struct fuse_in_header *in, size_t size)
 	}
 	case FUSE_RENAME: {
 		ARGUMENT(fuse_rename_in, rename);
-		name = name_in(rest, end);
-		new_name = name ? name_in(name + strlen(name) + 1, end) : NULL;
-		return new_name && hooks->rename_now ?
-			       hooks->rename_now(in->nodeid, name, rename->newdir, new_name, 0) :
-			       LEAVE;
+		return answer_rename(in->nodeid, rest, end, rename->newdir, 0);
 	}
 	case FUSE_RENAME2: {
 		ARGUMENT(fuse_rename2_in, rename);
-		name = name_in(rest, end);
-		new_name = name ? name_in(name + strlen(name) + 1, end) : NULL;
-		return new_name && hooks->rename_now ?
-			       hooks->rename_now(in->nodeid, name, rename->newdir, new_name, rename->flags) :
-			       LEAVE;
+		return answer_rename(in->nodeid, rest, end, rename->newdir, rename->flags);
 	}
 	case FUSE_READ: {
 		ARGUMENT(fuse_read_in, read);
@@ -396,7 +390,7 @@ static int answer_of(const struct fuse_in_header *in, size_t size)
 	}
 	}
 #undef ARGUMENT
-	return answer_by_name(in, body, end);
+	return LEAVE;
 }
 
 /* Give an answer to the kernel; return 0 or an errno. */
