@@ -1,5 +1,6 @@
 """Check rpc/ucx between real processes: killed and stopped peers, strangers, nothing left behind, nothing used idle."""
 
+import ctypes
 import gc
 import os
 import random
@@ -19,7 +20,7 @@ import pytest
 import trio
 import trio.testing
 import ucx_peer
-from ucx_peer import CLUSTER, CPU, FLOOD, READ, SECRET, SUM
+from ucx_peer import CLUSTER, CPU, FLOOD, READ, SECRET, SEGMENT, SUM
 
 from benchfs_fuse.errors import AuthenticationFailed, Disconnected, UserError
 from benchfs_fuse.limits import (
@@ -32,7 +33,7 @@ from benchfs_fuse.limits import (
 )
 from benchfs_fuse.model import ClientId
 from benchfs_fuse.ports import Channel, Ending, Peer, Reply
-from benchfs_fuse.rpc import meeting, ucx
+from benchfs_fuse.rpc import meeting, segments, ucx
 from benchfs_fuse.rpc.ucx import UcxEngine
 
 ME = Peer(ClientId(1), -1, "tests", os.getpid(), "boot")
@@ -40,7 +41,7 @@ ME = Peer(ClientId(1), -1, "tests", os.getpid(), "boot")
 #: How often to kill: enough to meet a transfer in many states, and to see a leak.
 ROUNDS = 3
 ROUNDS_ALL = 50
-#: Bytes by which a process may grow: per killed peer the shells of dead workers; once, what the allocators keep for the
+#: Bytes by which a process may grow: per killed peer the shells of dead workers; once, what Python keeps for the
 #: next time. A forgotten connection would be 18 MB, a forgotten worker 2 MB.
 GROWTH_MAX = 100_000
 SLACK_MAX = 8 << 20
@@ -87,10 +88,22 @@ async def engine(tls: str) -> AsyncIterator[UcxEngine]:
 def resources(peers: Collection[int]) -> tuple[int, int, int]:
     """Count what a leak would show in: descriptors, bytes of memory, System V segments of ours and of ``peers``."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for the next time is no leak
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    creators = [int(line.split()[4]) for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]]
-    segments = sum(creator == os.getpid() or creator in peers for creator in creators)
-    return len(os.listdir("/proc/self/fd")), pages * os.sysconf("SC_PAGESIZE"), segments
+    return len(os.listdir("/proc/self/fd")), pages * os.sysconf("SC_PAGESIZE"), len(segments_of({os.getpid(), *peers}))
+
+
+def segments_of(pids: Collection[int]) -> set[int]:
+    """Return the ids of the System V segments that some processes have made."""
+    rows = [line.split() for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]]
+    return {int(shmid) for _, shmid, _, _, creator, *_ in rows if int(creator) in pids}
+
+
+async def all_removed(pids: Collection[int]) -> None:
+    """Wait until nothing is left of the segments of processes that have ended: their peers remove them."""
+    with trio.fail_after(30):
+        while segments_of(pids):
+            await trio.lowlevel.checkpoint()
 
 
 async def transfer(channel: Channel, op: int, done: list[int]) -> None:
@@ -133,11 +146,39 @@ async def test_killed_peers_leave_nothing_behind(tls: str, rounds: int) -> None:
         killed = [await kill_in_the_middle(here, tls, number) for number in range(3)]
         descriptors, memory, _ = resources(killed)
         killed += [await kill_in_the_middle(here, tls, number) for number in range(rounds)]
+        await all_removed(killed)
         descriptors_now, memory_now, segments_now = resources(killed)
         assert descriptors_now == descriptors
         assert segments_now == 0
         assert memory_now - memory < SLACK_MAX + rounds * GROWTH_MAX
         assert here.statistics().connections == 0
+
+
+async def test_segment_that_a_killed_peer_has_just_made_is_removed() -> None:
+    async with engine("") as here, peer_process("") as (process, address):
+        channel = await here.connect(address)
+        made = int((await channel.call(SEGMENT, b"")).body)
+        await channel.aclose()
+        other = await here.connect(address)
+        assert made in segments_of([process.pid])  # who closed has nobody's death to see to, as yet
+        process.kill()
+        await process.wait()
+        assert await other.wait_closed() == Ending.PEER
+        await all_removed([process.pid])
+
+
+async def test_only_what_the_dead_peer_made_is_removed() -> None:
+    made = int(ctypes.CDLL(None).shmget(0, 4096, 0o660))
+    dead = await trio.lowlevel.open_process(["true"])
+    await dead.wait()
+    try:
+        assert made in segments.unmarked(os.getpid(), time.time())
+        assert made not in segments.unmarked(os.getpid(), time.time() + 5), "from before the two met"
+        await segments.remove_after(dead.pid, [made])
+        assert made in segments_of([os.getpid()])
+    finally:
+        await trio.run_process(["ipcrm", "--shmem-id", str(made)])
+    assert made not in segments.unmarked(os.getpid(), 0)
 
 
 async def test_connections_that_close_leave_nothing_behind(tls: str) -> None:

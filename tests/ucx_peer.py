@@ -5,6 +5,7 @@
 Prints the address that it listens at. TLS is empty for the transport of UCX's choice.
 """
 
+import ctypes
 import mmap
 import os
 import random
@@ -27,14 +28,23 @@ SECRET = bytes(range(32))
 CLUSTER = b"cluster-id-16-by"
 
 #: Operations: checksum of the payload; as many bytes as there is room for; processor time used so far; large requests
-#: and replies back to the caller without end.
-SUM, READ, CPU, FLOOD = range(1, 5)
+#: and replies back to the caller without end; a segment of shared memory as UCX has it for an instant.
+SUM, READ, CPU, FLOOD, SEGMENT = range(1, 6)
 FLOOD_CALLS = 6
 
 
 def buffer(size: int) -> memoryview:
     """Make a buffer that goes back to the system when it is dropped, so that leaks can be told from malloc's habits."""
     return memoryview(mmap.mmap(-1, size))
+
+
+def attached_segment() -> int:
+    """Make and attach a segment, as UCX does before it marks it for removal; return its id."""
+    c = ctypes.CDLL(None)
+    c.shmat.argtypes, c.shmat.restype = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int], ctypes.c_void_p
+    shmid = int(c.shmget(0, mmap.PAGESIZE, 0o660))
+    assert shmid >= 0 and c.shmat(shmid, None, 0) != ctypes.c_void_p(-1).value
+    return shmid
 
 
 class Service:
@@ -53,6 +63,8 @@ class Service:
         if op == FLOOD:
             for number in range(FLOOD_CALLS):
                 self._nursery.start_soon(self._flood, channel, number % 2 == 0)
+        if op == SEGMENT:
+            return Reply(0, b"%d" % attached_segment())
         return Reply(0, b"%d" % time.process_time_ns())
 
     async def _flood(self, channel: Channel, send: bool) -> None:

@@ -31,7 +31,7 @@ What it takes, all of it tried with ``kill -9`` in the middle of transfers in bo
 - No rendezvous over shared memory: a half-done one crashes when its worker is destroyed. Nor over TCP where no device
   does RDMA. Eager messages are as fast.
 - System V segments rather than POSIX ones: the kernel removes them with the last process; a killed process leaves its
-  POSIX ones in /dev/shm for ever.
+  POSIX ones in /dev/shm for ever. What was made an instant before the kill, its peers remove (rpc/segments).
 - The worker is destroyed through UCX, not through UCXX: UCXX's destructor waits for half-received messages, for ever.
 
 **Waiting.** Each connection has a task that polls its worker while anything moves and for ``spin_us`` after that, then
@@ -71,7 +71,7 @@ from ..limits import (
 from ..model import ClientId
 from ..observe import recording, spans
 from ..ports import Buffer, Channel, Ending, Handler, Peer, Reply
-from . import frames, meeting
+from . import frames, meeting, segments
 from .addresses import is_public, public_devices
 from .handshake import Card, Handshake, Role
 from .network import handle_now_of
@@ -105,6 +105,7 @@ SEGMENT_MAX = (1 << 16) - 1
 _SHIFTS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 #: Transport for peers that share memory with us, and for all others.
 SHARED_TLS = "sysv"
+SHARED = "shm"
 REMOTE_TLS = "^sysv,posix,cma,knem,xpmem"
 #: Transports that reach no other process by themselves: ``self``, and what only copies for the shared memory of others.
 _ALONE = {"self", "cma", "knem"}
@@ -298,7 +299,9 @@ async def refuse(channel: Channel, op: int, body: bytes, payload: memoryview | N
 class UcxChannel:
     """Be one end of a connection; see ports.Channel. Made by UcxEngine."""
 
-    def __init__(self, engine: "UcxEngine", peer: Peer, handler: Handler, transport: str, worker: Any) -> None:
+    def __init__(
+        self, engine: "UcxEngine", peer: Peer, handler: Handler, transport: str, worker: Any, met_s: float
+    ) -> None:
         self._engine = engine
         self._ucx = engine.ucx
         self._counters = engine.counters
@@ -306,6 +309,8 @@ class UcxChannel:
         self._handler = handler
         self._handle_now = handle_now_of(handler)
         self._transport = transport
+        #: When the two ends met, in seconds of the epoch.
+        self._met_s = met_s
         self._worker = worker
         self._endpoint: Any = None
         self._stream: trio.SocketStream | None = None
@@ -921,6 +926,8 @@ class UcxChannel:
         for _ in range(LAST_PROGRESS):
             self._worker.progress_once()
         self._ucx.destroy(self._worker, self._endpoint)
+        if self._transport == SHARED:
+            self._engine.remove_segments(self._peer.pid, self._met_s)
         for release in self._wire.release():
             release()
         for request_id, call in calls:
@@ -1087,8 +1094,11 @@ class UcxEngine:
         client_id, daemon_id, host, pid, boot_id = self.peer
         return Card(client_id, daemon_id, host, pid, boot_id, self._shares, address)
 
-    def make_channel(self, card: Card, handler: Handler) -> tuple[UcxChannel, bytes]:
-        """Make this end of a connection, with a worker that both ends can use, and return the worker's address."""
+    def make_channel(self, card: Card, handler: Handler, met_s: float) -> tuple[UcxChannel, bytes]:
+        """Make this end of a connection, with a worker that both ends can use, and return the worker's address.
+
+        ``met_s`` is when the two ends met, in seconds of the epoch.
+        """
         shared = bool(self._shares) and card.shares == self._shares
         context = self._contexts.get(shared)
         try:
@@ -1101,7 +1111,7 @@ class UcxEngine:
         except (self.ucx.Error, UserError) as error:
             raise Disconnected(f"UCX: {error}") from error
         peer = Peer(ClientId(card.client_id), card.daemon_id, card.host, card.pid, card.boot_id)
-        return UcxChannel(self, peer, handler, _transport_of(context), worker), address
+        return UcxChannel(self, peer, handler, _transport_of(context), worker, met_s), address
 
     def look_again(self) -> None:
         """Have UCX look anew at the network's devices for the next connection; for the classes of this module.
@@ -1149,6 +1159,12 @@ class UcxEngine:
         """Take note that all other tasks have just had their turn: calls need not yield for a while."""
         self.yielded_ns = time.perf_counter_ns()
 
+    def remove_segments(self, pid: int, met_s: float) -> None:
+        """See to what a peer leaves behind that dies; for the classes of this module. See rpc/segments."""
+        left = segments.unmarked(pid, met_s) if pid != os.getpid() else []
+        if left and self._nursery is not None:
+            self._nursery.start_soon(segments.remove_after, pid, left)
+
     def forget(self, channel: UcxChannel) -> None:
         """Drop a connection that has ended; for the classes of this module."""
         self._channels.discard(channel)
@@ -1163,6 +1179,7 @@ class _Meeting:
         self._engine = engine
         self._role = role
         self._handler = handler
+        self._met_s = time.time()
         self._attached = False
 
     async def answer(self, handshake: Handshake) -> None:
@@ -1172,7 +1189,7 @@ class _Meeting:
                 refusal = f"there are {self._engine.connections_max} connections, as many as this process takes"
                 handshake.refuse(refusal)
                 raise AuthenticationFailed(refusal)
-            self.channel, address = self._engine.make_channel(handshake.peer, self._handler)
+            self.channel, address = self._engine.make_channel(handshake.peer, self._handler, self._met_s)
             if self._role is Role.CLIENT:
                 handshake.give_address(address)
             else:
@@ -1201,6 +1218,6 @@ def _resources(context: Any) -> list[tuple[str, str]]:
 def _transport_of(context: Any) -> str:
     """Name what a context's connections go over."""
     found = {transport for transport, _ in _resources(context)}
-    if "sysv" in found:
-        return "shm"
+    if SHARED_TLS in found:
+        return SHARED
     return "rdma" if any(name.startswith(("rc", "dc", "ud")) for name in found) else "tcp"
