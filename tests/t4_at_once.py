@@ -81,6 +81,18 @@ def test_small_calls_are_mostly_answered_at_once(mount: Mount) -> None:
     wait_until(lambda: shares(mount, lambda: os.stat(path)) > 0.5)
 
 
+@pytest.mark.skipif(not POLLS, reason="on one processor nobody polls for an answer")
+def test_closing_a_small_file_is_answered_at_once(mount: Mount) -> None:
+    """The bytes and the new size go to their daemons in one step. Each write asks about capabilities first."""
+    with opened(mount.mountpoint / "closed", os.O_WRONLY | os.O_CREAT) as fd:
+
+        def write_and_close() -> None:
+            os.pwrite(fd, b"x" * 100, 0)
+            os.close(os.dup(fd))
+
+        wait_until(lambda: shares(mount, write_and_close) > 0.8)
+
+
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 
 

@@ -16,7 +16,7 @@ expelled this client: its open files are gone there, so it ends everywhere (``Li
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -206,13 +206,38 @@ class Link:
         With ``late``, a recorded request is not given up: who is cancelled or meets the deadline leaves it behind, and
         ``late`` hears what became of it.
         """
+        begun = self._begin(request, payload, into)
+        if begun is not None and begun.reply is not None:
+            self._give_back(begun.turn)
+            return self._answer(begun.reply, reply_type)
+        return await self._go_on(request, reply_type, payload, into, begun, patient=patient, late=late)
+
+    def begin(self, request: Request, reply_type: type[R], payload: Buffer | None = None) -> R | Coroutine[Any, Any, R]:
+        """Begin what ``call`` does; return the answer, if it came while this polled for it, or what waits for it.
+
+        That is to be awaited, by whichever task, in its next step. Raises as ``call`` does.
+        """
+        begun = self._begin(request, payload, None)
+        if begun is not None and begun.reply is not None:
+            self._give_back(begun.turn)
+            return self._answer(begun.reply, reply_type)
+        return self._go_on(request, reply_type, payload, None, begun)
+
+    async def _go_on(
+        self,
+        request: Request,
+        reply_type: type[R],
+        payload: Buffer | None,
+        into: memoryview | None,
+        begun: "_Begun | None",
+        *,
+        patient: bool = False,
+        late: Late[R] | None = None,
+    ) -> R:
+        """Wait for the answer to a request that was sent, or for what it takes to send it."""
+        timeout_s = float("inf") if patient else self._links.op_timeout_s
         self._in_flight += 1
         try:
-            begun = self._begin(request, payload, into)
-            if begun is not None and begun.reply is not None:
-                self._give_back(begun.turn)
-                return self._answer(begun.reply, reply_type)
-            timeout_s = float("inf") if patient else self._links.op_timeout_s
             before_waiting()
             with trio.CancelScope(deadline=trio.current_time() + timeout_s):
                 if begun is None:

@@ -1,7 +1,8 @@
 """Reach the chunks of all daemons through one ChunkStore: each chunk at the daemon that its layout names."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import trio
 
@@ -68,6 +69,20 @@ class RemoteChunkStore:
                 request = WriteChunk(chunk.ino, chunk.index, offset + start)
                 grown += (await link.call(request, WriteChunkReply, payload=piece)).allocated_delta
         return grown
+
+    def begin_write(self, chunk: ChunkId, offset: int, data: Buffer) -> int | Coroutine[Any, Any, int]:
+        """Begin to write all of ``data``, PAYLOAD_MAX at most; return the growth, or what waits for it.
+
+        Errors as of ``write``; what waits is to be awaited, by whichever task, in its next step.
+        """
+        answer = self._link(chunk).begin(WriteChunk(chunk.ino, chunk.index, offset), WriteChunkReply, data)
+        if isinstance(answer, WriteChunkReply):
+            return answer.allocated_delta
+        return self._grown(chunk, answer)
+
+    async def _grown(self, chunk: ChunkId, answer: Coroutine[Any, Any, WriteChunkReply]) -> int:
+        with self._watched(chunk):
+            return (await answer).allocated_delta
 
     def _link(self, chunk: ChunkId) -> Link:
         return self._links.to(self.daemon_of(chunk))

@@ -12,7 +12,7 @@ Sizes are published late: ``unpublished`` says that chunks were written of which
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
 import trio
@@ -22,8 +22,8 @@ from ..layout import ShardMap, extents
 from ..limits import IN_FLIGHT_MAX, MIB
 from ..model import ChunkId
 from ..observe import recording, spans
-from ..ports import ChunkStore
 from .parallel import all_of
+from .remote_chunks import RemoteChunkStore
 
 #: Longest run: a request of this length costs so little per byte already that longer ones gain nothing, and the
 #: kernel sends no longer writes.
@@ -111,6 +111,14 @@ class Run:
         """Return where the run ends in the file."""
         return self.offset + self.length
 
+    @property
+    def data(self) -> bytes | bytearray | memoryview:
+        """Return the run's bytes as one; travelling without a detour where they are a whole object already."""
+        data = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
+        if isinstance(data, memoryview) and isinstance(data.obj, bytes) and len(data.obj) == len(data):
+            return data.obj
+        return data
+
     def overlaps(self, offset: int, end: int) -> bool:
         """Tell whether the run holds any byte of a range of the file."""
         return self.offset < end and offset < self.end
@@ -141,7 +149,7 @@ class WriteBehind:
         ino: int,
         chunk_size: int,
         width: int,
-        store: ChunkStore,
+        store: RemoteChunkStore,
         shard_map: ShardMap,
         budgets: dict[int, Budget],
         nursery: trio.Nursery,
@@ -263,10 +271,37 @@ class WriteBehind:
         run = self._growing
         if run is None:
             return
+        self._seal(run)
+        self._nursery.start_soon(self._write_behind, run)
+
+    def _seal(self, run: Run) -> None:
         self._growing = None
         self._budgets[run.daemon_id].growing.discard(self)
         self._sealed[run] = None
-        self._nursery.start_soon(self._write_behind, run)
+
+    def _send_lone(self) -> None:
+        """Send the run that is growing, the only one there is, as far as that goes without waiting for anything.
+
+        A small file is closed within one step so, if its daemon answers at once.
+        """
+        run = self._growing
+        assert run is not None and not self._sealed
+        self._seal(run)
+        waits = False
+        try:
+            answer = self._store.begin_write(ChunkId(self._ino, run.index), run.within, run.data)
+            if isinstance(answer, int):
+                self.note(run.daemon_id, answer, end=run.end)
+            else:
+                waits = True
+                self._nursery.start_soon(self._write_behind, run, answer)
+        except FsError as error:
+            self.note(run.daemon_id, 0, reach=run.end)
+            self._on_failed(error)
+        finally:
+            if not waits:
+                self._end(run)
+                self._budgets[run.daemon_id].release(run.length)
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Write ``data`` now, behind everything accepted before that it overlaps; it is the caller's until then.
@@ -279,28 +314,32 @@ class WriteBehind:
             self._sealed[run] = None
         await all_of(self._write, runs)
 
-    async def _write_behind(self, run: Run) -> None:
+    async def _write_behind(self, run: Run, begun: Awaitable[int] | None = None) -> None:
         try:
-            await self._write(run)
+            await self._write(run, begun)
         except FsError as error:
             self._on_failed(error)
         finally:
             self._budgets[run.daemon_id].release(run.length)
 
-    async def _write(self, run: Run) -> None:
+    async def _write(self, run: Run, begun: Awaitable[int] | None = None) -> None:
+        """Write a run behind the earlier ones that it overlaps; ``begun`` waits for the end of what was begun."""
         try:
             for earlier in self._overlapped_by(run):
                 if not earlier.written.is_set():
                     await earlier.written.wait()
-            data = run.parts[0] if len(run.parts) == 1 else b"".join(run.parts)
-            grown = await self._store.write(ChunkId(self._ino, run.index), run.within, _plain(data))
+            grown = await (begun or self._store.write(ChunkId(self._ino, run.index), run.within, run.data))
             self.note(run.daemon_id, grown, end=run.end)  # not before: a sync that began meanwhile may have missed it
         except BaseException:
             self.note(run.daemon_id, 0, reach=run.end)  # a part of it may be there: a truncation has to find it
             raise
         finally:
-            del self._sealed[run]
-            run.written.set()
+            self._end(run)
+
+    def _end(self, run: Run) -> None:
+        """Count a run as written, or failed."""
+        del self._sealed[run]
+        run.written.set()
 
     def note(self, daemon_id: int, grown: int, *, end: int = 0, reach: int = 0) -> None:
         """Count what a daemon has done to a chunk: by how much that grew, and how far the file's bytes or space go."""
@@ -339,18 +378,15 @@ class WriteBehind:
 
     async def settle_all(self) -> None:
         """Wait until everything accepted before the call is with its daemons, or has failed."""
-        self.seal()
         started_ns = recording.now()
+        if self._growing is not None:
+            if self._sealed:
+                self.seal()
+            else:
+                self._send_lone()
         for run in list(self._sealed):
             await run.written.wait()
         recording.note(spans.WRITTEN, started_ns)
-
-
-def _plain(data: bytes | bytearray | memoryview) -> bytes | bytearray | memoryview:
-    """Return the object below a memoryview that shows all of it: bytes travel without a detour."""
-    if isinstance(data, memoryview) and isinstance(data.obj, bytes) and len(data.obj) == len(data):
-        return data.obj
-    return data
 
 
 def accepted_bytes(budgets: Sequence[Budget]) -> int:
