@@ -378,12 +378,14 @@ class WriteBehind:
 
     async def settle_all(self) -> None:
         """Wait until everything accepted before the call is with its daemons, or has failed."""
-        started_ns = recording.now()
         if self._growing is not None:
             if self._sealed:
                 self.seal()
             else:
                 self._send_lone()
+        if not self._sealed:
+            return
+        started_ns = recording.now()
         for run in list(self._sealed):
             await run.written.wait()
         recording.note(spans.WRITTEN, started_ns)
