@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 MAX_BACKGROUND = 256
 CONGESTION_THRESHOLD = 192
 #: Readahead in KiB. The default makes requests of 128 KiB; the longest request, 1 MiB, has one of them under way while
-#: another is consumed, so disks, daemons and mount wait for each other. CephFS takes 8 MiB (rasize of mount.ceph(8)); as
-#: a fault of a mapped file reads as much around it, this is the half of that.
+#: another is consumed, so disks, daemons and mount wait for each other. CephFS takes 8 MiB (rasize of mount.ceph(8));
+#: as a fault of a mapped file reads as much around it, this is the half of that.
 READ_AHEAD_KB = 4096
 #: Nanoseconds to wait for the next request of the kernel behind one that was answered at once.
 SOON_NS = 50_000
