@@ -17,6 +17,7 @@ import trio
 import trio.testing
 
 from benchfs_fuse.chunks.disk import DiskChunkStore
+from benchfs_fuse.chunks.spread import is_spread, spread
 from benchfs_fuse.chunks.table import ChunkTable
 from benchfs_fuse.chunks.uring import PLAIN_LENGTH_MAX, ProbeResult, Ring
 from benchfs_fuse.errors import NoSpace, NotSupported, QuotaExceeded, StorageError, UserError
@@ -98,6 +99,27 @@ async def removed(kv: MemoryStore) -> None:
     with trio.fail_after(10):
         while ChunkTable(kv).leftovers:
             await trio.testing.wait_all_tasks_blocked(0.001)
+
+
+# Where files are made.
+
+
+def spreadable(directory: Path) -> bool:
+    """Tell whether the file system knows the flag: ext4 does, tmpfs does not."""
+    directory.mkdir()
+    with suppress(OSError):
+        spread(str(directory))
+        return is_spread(str(directory))
+    return False
+
+
+async def test_directories_of_chunk_files_are_spread_where_the_disk_knows_how(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (store, _):
+        await store.write(CHUNK, 0, b"x")
+    if spreadable(tmp_path / "probe"):
+        assert is_spread(str(tmp_path / "chunks"))
+    else:
+        assert files(tmp_path)
 
 
 # Damage.

@@ -48,6 +48,7 @@ from ..model import ChunkId, DiskUsage
 from ..observe import recording, spans
 from ..ports import Buffer, KeyValueStore, Mapped, Trimmed
 from .identity import begin_marking, mark, trouble_with
+from .spread import spread
 from .table import GRANULE_MIN, ChunkTable, Record
 from .uring import PLAIN_LENGTH_MAX, ProbeResult, Ring
 
@@ -157,6 +158,9 @@ class DiskChunkStore:
         #: How far in the list the removal has come: what is left below could not be removed for now.
         self.removed_to = 0
         try:
+            os.makedirs(self._directory, exist_ok=True)
+            with suppress(OSError):  # not ext4: nothing is known to be gained
+                spread(self._directory)
             for number in range(DIRECTORIES):
                 os.makedirs(f"{self._directory}/{number:02x}", exist_ok=True)
             for path in (self._directory, str(directory)):
