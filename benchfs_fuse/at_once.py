@@ -149,6 +149,13 @@ class AtOnce:
         self._count("flush", started_ns)
         return _nothing(None)
 
+    def _release(self, fh: int) -> int:
+        started_ns = time.perf_counter_ns()
+        if not self._operations.release_soon(fh):
+            return self._begin(_OPS.release, (fh,), _nothing)
+        self._count("release", started_ns)
+        return _nothing(None)
+
     def _count(self, name: str, started_ns: int, error: int = 0) -> None:
         self._operations.statistics.add(name, started_ns)
         if (recorder := recording.recorder) is not None:
@@ -209,9 +216,6 @@ class AtOnce:
 
     def _read(self, fh: int, offset: int, size: int) -> int:
         return self._begin(_OPS.read, (fh, offset, size), self._pack_data)
-
-    def _release(self, fh: int) -> int:
-        return self._begin(_OPS.release, (fh,), _nothing)
 
     # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -278,12 +278,18 @@ class Channel(Protocol):
         ...
 
     def call_now(
-        self, op: int, body: bytes, payload: Buffer | None = None, into: memoryview | None = None
+        self,
+        op: int,
+        body: bytes,
+        payload: Buffer | None = None,
+        into: memoryview | None = None,
+        *,
+        polls: bool = True,
     ) -> Reply | Awaitable[Reply] | None:
         """Begin a call without waiting for anything: return the reply if it comes at once, or else what to await.
 
         None: nothing was sent; ``call`` can wait for what is missing. The awaitable has to be awaited, at once, and is
-        in all else like ``call``.
+        in all else like ``call``. Unless it ``polls``, nobody is kept from anything else for the reply.
         """
         ...
 

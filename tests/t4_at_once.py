@@ -18,6 +18,7 @@ from cluster import Cluster, Mount, Process, running_cluster
 from posix_help import opened, refused, wait_until
 
 from benchfs_fuse import control
+from benchfs_fuse.services.files import RELEASING_MAX
 
 KIB = 1 << 10
 #: Names and attributes go past the kernel's caches: every question is one for the mount.
@@ -91,6 +92,27 @@ def test_closing_a_small_file_is_answered_at_once(mount: Mount) -> None:
             os.close(os.dup(fd))
 
         wait_until(lambda: shares(mount, write_and_close) > 0.8)
+
+
+def test_closes_do_not_wait_for_the_daemon_to_take_the_handles_back(cluster: Cluster, mount: Mount) -> None:
+    path = mount.mountpoint / "given back"
+    path.write_bytes(b"x" * KIB)
+    fds = [os.open(path, os.O_RDONLY) for _ in range(100)]
+    wait_until(lambda: opens_of(mount) == 1)
+    read, at_once = counted(mount)
+    with stopped(cluster.daemons):
+        for fd in fds:
+            os.close(fd)
+        wait_until(lambda: counted(mount)[0] >= read + 200)  # a FLUSH and a RELEASE each
+        assert 100 + RELEASING_MAX <= counted(mount)[1] - at_once < 200, "so many are given back at a time"
+    wait_until(lambda: opens_of(mount) == 0)
+    os.unlink(path)
+    wait_until(lambda: cluster.at_rest(mount))
+
+
+def opens_of(mount: Mount) -> int:
+    """Return how many files the daemons know that mounts hold open."""
+    return sum(session["opens"] for status in mount.statuses() for session in status["sessions"])
 
 
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2

@@ -191,6 +191,7 @@ class Link:
         into: memoryview | None = None,
         *,
         patient: bool = False,
+        polls: bool = True,
         late: Late[R] | None = None,
     ) -> R:
         """Send a request, wait for its answer, over reconnections and for at most the deadline of ``Links``
@@ -203,10 +204,12 @@ class Link:
         carried a buffer, its connection is closed before the buffer is given back, so that nothing arrives in it late;
         and if it changes data, so that it does not do so after what is written later.
 
+        Unless it ``polls``, others go on meanwhile: for what nobody waits for.
+
         With ``late``, a recorded request is not given up: who is cancelled or meets the deadline leaves it behind, and
         ``late`` hears what became of it.
         """
-        begun = self._begin(request, payload, into)
+        begun = self._begin(request, payload, into, polls=polls)
         if begun is not None and begun.reply is not None:
             self._give_back(begun.turn)
             return self._answer(begun.reply, reply_type)
@@ -247,7 +250,9 @@ class Link:
             self._in_flight -= 1
         raise DaemonUnreachable(f"{self.name} did not answer {type(request).__name__} in {self._links.op_timeout_s} s")
 
-    def _begin(self, request: Request, payload: Buffer | None, into: memoryview | None) -> "_Begun | None":
+    def _begin(
+        self, request: Request, payload: Buffer | None, into: memoryview | None, *, polls: bool = True
+    ) -> "_Begun | None":
         """Send a request if nothing has to be waited for first: a place, those that were given up, a connection."""
         channel = self._channel
         unbounded = self._between_daemons and not isinstance(request, _MAY_WAIT)
@@ -257,7 +262,7 @@ class Link:
             self._places.acquire_nowait()
         turn, body = self._take_slot(request, unbounded=unbounded)
         try:
-            answer = channel.call_now(request.op, body, payload, into)
+            answer = channel.call_now(request.op, body, payload, into, polls=polls)
         except BaseException:
             self._give_back(turn)
             raise

@@ -388,7 +388,13 @@ class UcxChannel:
         return answer
 
     def call_now(
-        self, op: int, body: bytes, payload: Buffer | None = None, into: memoryview | None = None
+        self,
+        op: int,
+        body: bytes,
+        payload: Buffer | None = None,
+        into: memoryview | None = None,
+        *,
+        polls: bool = True,
     ) -> Reply | Awaitable[Reply] | None:
         """Begin a call without waiting for anything; see ports.Channel."""
         bulk = payload is not None and len(payload) > INLINE_MAX
@@ -396,12 +402,15 @@ class UcxChannel:
             self._ending is not None
             or self._room.value == 0
             or (bulk and self._bulk_room.value == 0)
-            or time.perf_counter_ns() - self._engine.yielded_ns > YIELD_NS  # the others have to have their turn
+            or (polls and time.perf_counter_ns() - self._engine.yielded_ns > YIELD_NS)  # the others have their turn
         ):
             return None
         self._room.acquire_nowait()
         if bulk:
             self._bulk_room.acquire_nowait()
+        if not polls:
+            started_ns = recording.now()
+            return self._wait_reply(self._start(op, body, payload, into, bulk), op, started_ns)
         return self._begin(op, body, payload, into, bulk)
 
     def _begin(
@@ -423,14 +432,18 @@ class UcxChannel:
         return self._wait(call, op, started_ns)
 
     async def _wait(self, call: _Call, op: int, started_ns: int) -> Reply:
-        """Wait for the reply of a request that was sent. Whoever was given this awaits it, at once."""
+        """Wait for the reply of a request that was sent, as one of those who wait: the next one does not poll then."""
         try:
-            if not call.done:
-                call.event = trio.Event()  # before settling, which may find the reply
-                self._settle()
-                await call.event.wait()
+            return await self._wait_reply(call, op, started_ns)
         finally:
             self._engine.waiting -= 1
+
+    async def _wait_reply(self, call: _Call, op: int, started_ns: int) -> Reply:
+        """Wait for the reply of a request that was sent. Whoever was given this awaits it, at once."""
+        if not call.done:
+            call.event = trio.Event()  # before settling, which may find the reply
+            self._settle()
+            await call.event.wait()
         if started_ns:
             self._record(call, op, started_ns)
         if call.reply is None:

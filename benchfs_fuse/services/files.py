@@ -10,7 +10,8 @@ wrong thing: getattr and everything that hands out attributes, setattr, append, 
 fsync, close. The space of a file, below its bytes, is the matter of ``FileSpace``.
 
 **Scheduling.** One event loop; code between two awaits is atomic. Tasks of our own: one for each sealed run, one that
-flushes what has been dirty for ``gather_time_s``, one for each flush that it starts, one for each touch.
+flushes what has been dirty for ``gather_time_s``, one for each flush that it starts, one for each touch, one for each
+handle that is given back behind the answer.
 
 **Locks**, each per node; ``order`` is taken before the others, those never together:
 
@@ -116,6 +117,8 @@ FALLOCATE_MODES = (
 )
 #: Larger allocations first ask all daemons for their space, lest one that cannot be had fills the disks in trying.
 ALLOCATE_UNSEEN_MAX = 1 << 30
+#: Handles that are given back at a time behind the answer; whoever closes more waits for his turn.
+RELEASING_MAX = 64
 #: Bytes of one copy_range: about a second, in which nobody else can write to the file through this mount.
 COPY_MAX = 1 << 30
 
@@ -261,6 +264,8 @@ class Files:
         self._budgets = {daemon_id: Budget(share) for daemon_id in self._links.daemons}
         self._stores: dict[int, RemoteChunkStore] = {}
         self._nodes: dict[int, _Node] = {}
+        #: Handles that are given back behind the answer, and what is set when they are.
+        self._releasing: dict[Handle, trio.Event] = {}
         #: Handles that the daemons have registered: readers, writers by inode.
         self._opens: dict[int, list[int]] = {}
         #: Dirty nodes and when their time is over; the oldest first, as every one gets the same time.
@@ -458,10 +463,28 @@ class Files:
         await self._quiet(handle.node)
         handle.take_error()
 
-    async def release(self, handle: Handle) -> None:
+    def release_soon(self, handle: Handle) -> bool:
+        """Give a handle back in a task of its own, unless it has anything to flush or there are many of these already.
+
+        Nobody waits for what a close leaves to be done. Tell whether it is seen to.
+        """
+        if handle.released or len(self._releasing) >= RELEASING_MAX or not self.is_flushed(handle):
+            return False
+        self._releasing[handle] = trio.Event()
+        self._nursery.start_soon(self._release_soon, handle)
+        return True
+
+    async def _release_soon(self, handle: Handle) -> None:
+        try:
+            with suppress(FsError):
+                await self.release(handle, polls=False)
+        finally:
+            self._releasing.pop(handle).set()
+
+    async def release(self, handle: Handle, *, polls: bool = True) -> None:
         """Give a handle back, once. Whoever is cancelled, or meets an error, leaves it to go on by itself.
 
-        What cannot be flushed any more is dropped; nobody is there to be told.
+        What cannot be flushed any more is dropped; nobody is there to be told. ``polls`` as for Link.call.
         """
         if handle.released:
             return
@@ -492,7 +515,7 @@ class Files:
             self._links.start_soon(self._give_back, ino, writer, doubtful)
             return
         try:
-            await self.namespace.release(ino, writer, doubtful, late)
+            await self.namespace.release(ino, writer, doubtful, late, polls=polls)
         except DaemonUnreachable:
             raise  # ``late`` hears more
         except FsError:
@@ -989,6 +1012,8 @@ class Files:
 
         await self.drain()
         await all_of(one, list(self._nodes.values()))
+        for released in list(self._releasing.values()):
+            await released.wait()
 
     def statistics(self) -> FilesStatistics:
         """Count what is open and what is under way."""

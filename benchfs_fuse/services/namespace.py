@@ -268,11 +268,18 @@ class Namespace:
         return (await self.link_of(ino).call(Open(ino, writer), AttrsReply, late=late)).attrs
 
     async def release(
-        self, ino: int, writer: bool, doubtful: bool = False, late: Late[Done] | None = None, *, patient: bool = False
+        self,
+        ino: int,
+        writer: bool,
+        doubtful: bool = False,
+        late: Late[Done] | None = None,
+        *,
+        patient: bool = False,
+        polls: bool = True,
     ) -> None:
         """Take a handle back; ``doubtful``: writes failed, what lies behind the size is to be trimmed."""
         request = Release(ino, int(not writer), int(writer), doubtful)
-        await self.link_of(ino).call(request, Done, late=late, patient=patient)
+        await self.link_of(ino).call(request, Done, late=late, patient=patient, polls=polls)
 
     async def touch(self, ino: int) -> Attrs:
         """Note that the file was read, as relatime asks for."""
