@@ -608,6 +608,22 @@ async def test_published_writes_grow_the_file_and_count_its_space() -> None:
         assert (await cluster.ask(CommitWrite(ino, 0, -(1 << 40)))).attrs.allocated == 0
 
 
+async def test_what_is_changed_with_published_writes_is_one_change_behind_them() -> None:
+    async with cluster_of(1) as cluster:
+        ino = await cluster.create(ROOT_INO, b"file")
+        before = cluster.attrs(ino)
+        change = SetAttr(ino, mode=0o4711, uid=5, atime_ns=3, mtime_ns=7)
+        after = (await cluster.ask(CommitWrite(ino, 100, 4096, 0, change))).attrs
+        assert (after.size, after.allocated, after.mode & 0o7777, after.uid) == (100, 4096, 0o4711, 5)
+        assert (after.atime_ns, after.mtime_ns) == (3, 7) and after.ctime_ns > before.ctime_ns
+        assert after.version == before.version + 1
+        written = (await cluster.ask(CommitWrite(ino, 200, 0, 0, SetAttr(ino, uid=6)))).attrs
+        assert written.mtime_ns == written.ctime_ns > after.ctime_ns and written.atime_ns == 3
+        for change in (SetAttr(ino, size=0), SetAttr(ROOT_INO, mode=0)):
+            assert await refusal(cluster, CommitWrite(ino, 300, 0, 0, change)) == "EINVAL"
+        assert cluster.attrs(ino) == written
+
+
 async def test_appends_get_ranges_of_their_own() -> None:
     async with cluster_of(1) as cluster:
         ino = await cluster.create(ROOT_INO, b"file")

@@ -283,6 +283,14 @@ async def flush(stage: Stage) -> None:
         await stage.files.flush(handle)
 
 
+async def setattr_of_written(stage: Stage) -> None:
+    handle = await stage.files.create(await stage.directory(stage.last), b"f", 0o644, 0, 0, os.O_RDWR)
+    await stage.files.write(handle, 0, b"some")
+    async with stage.measured():
+        attrs = await stage.files.setattr(handle.ino, mode=0o600, mtime_ns=7)
+    assert (attrs.size, attrs.mode & 0o777, attrs.mtime_ns) == (4, 0o600, 7)
+
+
 async def fsync_written(stage: Stage) -> None:
     handle = await stage.files.create(await stage.directory(stage.last), b"f", 0o644, 0, 0, os.O_RDWR)
     await stage.files.write(handle, 0, b"some")
@@ -640,6 +648,7 @@ TABLE = (
     Row("read at the end of the file", "GetAttr", "", read_end),
     Row("write, gathered", "", "", write_gathered),
     Row("flush of what was gathered of a chunk", "WriteChunk + CommitWrite", "", flush),
+    Row("setattr of a file of which a chunk was gathered", "WriteChunk + CommitWrite", "", setattr_of_written),
     Row("write within a chunk, O_DIRECT or above 1 MiB", "WriteChunk", "", write_direct),
     Row("append", "Append + WriteChunk", "", append),
     Row("fsync of what was written to a chunk", "WriteChunk + CommitWrite + SyncChunks + SyncMeta", "", fsync_written),

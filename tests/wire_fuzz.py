@@ -60,6 +60,7 @@ def examples(parent: int, ino: int, client_id: int) -> list[m.Request]:
         m.Open(ino, True),
         m.Release(ino, 1, 1, True),
         m.CommitWrite(ino, 4096, 4096),
+        m.CommitWrite(ino, 4096, 4096, 0, m.SetAttr(ino, mode=0o600, mtime_ns=7)),
         m.Append(ino, 100),
         m.Touch(ino),
         m.GetXattr(ino, b"user.a"),

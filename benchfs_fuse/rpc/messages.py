@@ -377,7 +377,7 @@ class CommitWrite(Request, frozen=True):
     """Publish what was written: the size grows to ``end`` at least, ``allocated_delta`` bytes are accounted.
 
     ``reach``: space may have been allocated up to this byte, though the size does not say so. mtime and ctime become
-    the daemon's clock.
+    the daemon's clock. ``change``, of this inode and without a size, is applied behind that, as one change of both.
     """
 
     op: ClassVar[int] = 28
@@ -387,6 +387,7 @@ class CommitWrite(Request, frozen=True):
     end: int
     allocated_delta: int
     reach: int = 0
+    change: SetAttr | None = None
 
 
 class AppendReply(Body, frozen=True):

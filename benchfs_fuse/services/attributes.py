@@ -39,8 +39,11 @@ CAPABILITY = b"security.capability"
 RELATIME_NS = 24 * 60 * 60 * 10**9
 
 
-def change(draft: Draft, inode: Inode, request: SetAttr) -> None:
-    """Apply a SetAttr to an inode, the size included. What lies behind a smaller size goes before it grows again."""
+def change(draft: Draft, inode: Inode, request: SetAttr, *, written: bool = False) -> None:
+    """Apply a SetAttr to an inode, the size included. What lies behind a smaller size goes before it grows again.
+
+    ``written``: its data has changed as well, before.
+    """
     if request.mode is not None:
         set_permissions(draft, inode, request.mode)
     if request.uid is not None:
@@ -53,7 +56,7 @@ def change(draft: Draft, inode: Inode, request: SetAttr) -> None:
     resized = request.size is not None and request.size != inode.size
     if request.size is not None:
         inode.size = request.size
-    draft.stamp(inode, data=resized)
+    draft.stamp(inode, data=resized or written)
     if request.atime_ns != TIME_OMIT:
         inode.atime_ns = inode.ctime_ns if request.atime_ns == TIME_NOW else request.atime_ns
     if request.mtime_ns != TIME_OMIT:
@@ -165,7 +168,9 @@ class Attributes:
         return reply
 
     def commit_write(self, request: CommitWrite, call: Call) -> Body:
-        """Publish written bytes."""
+        """Publish written bytes, and change attributes behind them."""
+        if request.change is not None and (request.change.ino != request.ino or request.change.size is not None):
+            raise InvalidArgument("a change that goes with written bytes is of the same inode, and sets no size")
         draft = self._inodes.draft()
         inode = draft.inode(request.ino)
         _check_file(inode)
@@ -176,7 +181,10 @@ class Attributes:
         inode.reach = max(inode.reach, request.reach)
         inode.allocated = max(0, inode.allocated + request.allocated_delta)
         _check_size(inode.allocated)
-        draft.stamp(inode, data=True)
+        if request.change is None:
+            draft.stamp(inode, data=True)
+        else:
+            change(draft, inode, request.change, written=True)
         reply = AttrsReply(inode.attrs())
         call.commit(draft, reply)
         return reply

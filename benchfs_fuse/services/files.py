@@ -87,6 +87,7 @@ from ..rpc.messages import (
     Done,
     EntryReply,
     OpenCount,
+    SetAttr,
     SyncChunks,
     SyncMeta,
 )
@@ -313,20 +314,23 @@ class Files:
             if has_set_id(old.mode) and not old.is_dir:
                 caller = who()
                 taken |= caller.takes_by_write(old.gid) if size is not None else caller.takes_by_chown(old.gid)
+        request = SetAttr(ino, mode, uid, gid, size, atime_ns, mtime_ns, taken)
         node = self._nodes.get(ino)
         if node is not None:
             await _acquire(node.order)
         try:
-            if node is not None:
+            if node is not None and size is None and node.dirty and node.touching is None:
+                published = await self._flush(node, request)
+                if published is not None:
+                    return published
+            elif node is not None:
                 await self._quiet(node)
             if size is not None and ino in self._opens:
                 await self._wait_fenced()
             resized = node if size is not None else None
             if resized is not None:
                 resized.cutting = True
-            attrs = await self.namespace.setattr(
-                ino, mode=mode, uid=uid, gid=gid, size=size, atime_ns=atime_ns, mtime_ns=mtime_ns, taken=taken
-            )
+            attrs = await self.namespace.setattr(request)
             if resized is not None:
                 resized.cutting = False
         finally:
@@ -920,41 +924,46 @@ class Files:
         if node.touching is not None:
             await node.touching.wait()
 
-    async def _flush(self, node: _Node) -> None:
+    async def _flush(self, node: _Node, change: SetAttr | None = None) -> Attrs | None:
         """Take what was accepted so far to its daemons, then tell the inode's daemon.
 
-        Raise if it cannot be told; then it stays unpublished. Errors of the bytes themselves are with the handles.
+        That changes attributes with the same request, if that is asked for; return them then. None: it had not to be
+        told any more, and nothing is changed. Raise if it cannot be told; then it stays unpublished. Errors of the
+        bytes themselves are with the handles.
         """
-        writing = node.writing
+        writing, attrs = node.writing, None
         await writing.settle_all()
         if writing.unpublished or node.publishing.locked():
-            await self._publish(node)
+            attrs = await self._publish(node, change)
         if not node.dirty:
             self._dirty.pop(node, None)
+        return attrs
 
-    async def _publish(self, node: _Node) -> None:
+    async def _publish(self, node: _Node, change: SetAttr | None = None) -> Attrs | None:
+        """Tell the inode's daemon what was written, if nobody has meanwhile; return the attributes then."""
         writing, unanswered = node.writing, node.unanswered
         await _acquire(node.publishing)
         try:
             if not writing.unpublished:
-                return
+                return None
             node.check_answered(unanswered)
             end, growth, reach = writing.unpublished_end, writing.unpublished_growth, writing.unpublished_reach
             writing.unpublished = False
             try:
-                request = CommitWrite(node.ino, end, growth, reach)
+                request = CommitWrite(node.ino, end, growth, reach, change)
                 attrs = (await self.namespace.link_of(node.ino).call(request, AttrsReply)).attrs
             except BaseException as error:
                 writing.unpublished = True
                 node.doubtful = True  # it may have been applied, and its growth is counted again
                 node.unanswered += isinstance(error, DaemonUnreachable)
                 raise
-            self.known.see(attrs, own=True)
+            attrs = self.known.see(attrs, own=True)
             writing.unpublished_growth -= growth
             if writing.unpublished_end == end:
                 writing.unpublished_end = 0
             if writing.unpublished_reach == reach:
                 writing.unpublished_reach = 0
+            return attrs
         finally:
             node.publishing.release()
 

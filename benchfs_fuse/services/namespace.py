@@ -16,7 +16,6 @@ from ..limits import NAME_MAX, READDIR_ENTRIES_MAX
 from ..model import ROOT_INO, Attrs, DirEntry, DiskUsage, Entry
 from ..rpc.client import Late, Link, Links
 from ..rpc.messages import (
-    TIME_OMIT,
     AttrsReply,
     Done,
     EntryReply,
@@ -109,21 +108,9 @@ class Namespace:
         """Return the attributes of an inode. Stale when it has gone."""
         return (await self.link_of(ino).call(GetAttr(ino), AttrsReply)).attrs
 
-    async def setattr(
-        self,
-        ino: int,
-        *,
-        mode: int | None = None,
-        uid: int | None = None,
-        gid: int | None = None,
-        size: int | None = None,
-        atime_ns: int = TIME_OMIT,
-        mtime_ns: int = TIME_OMIT,
-        taken: int = 0,
-    ) -> Attrs:
-        """Change attributes, return them all; see SetAttr."""
-        request = SetAttr(ino, mode, uid, gid, size, atime_ns, mtime_ns, taken)
-        return (await self.link_of(ino).call(request, AttrsReply)).attrs
+    async def setattr(self, request: SetAttr) -> Attrs:
+        """Change attributes, return them all."""
+        return (await self.link_of(request.ino).call(request, AttrsReply)).attrs
 
     async def lookup(self, parent: int, name: bytes) -> Attrs:
         """Return the attributes of what a name stands for. NotFound, NotADirectory, Stale (the directory has gone)."""
