@@ -5,7 +5,6 @@ acknowledged is lost. Exit codes: 0 stopped, 1 refused with a sentence, 2 a wron
 """
 
 import argparse
-import errno
 import itertools
 import logging
 import os
@@ -48,6 +47,7 @@ from .rpc.messages import (
     encode,
 )
 from .rpc.network import Network
+from .rpc.pidwatch import PidWatch
 from .rpc.server import Server
 from .rpc.ucx import UcxEngine
 from .scheduling import wish_short_slices
@@ -65,8 +65,6 @@ log = logging.getLogger(__name__)
 #: An address of a network for documentation (RFC 5737): connecting a datagram socket to it sends nothing and tells
 #: which of our own addresses would be used towards other hosts.
 _SOMEWHERE = ("192.0.2.1", 9)
-#: How pidfd_open(2) says that no process has a number: none has, a thread does that is no process, or nothing could.
-_NO_PROCESS = (errno.ESRCH, errno.ENOENT, errno.EINVAL)
 #: Seconds for the registry to take our entry away. If it hangs, the entry stays, and is known for a dead one's.
 WITHDRAW_S = 2.0
 
@@ -79,38 +77,6 @@ class DaemonOptions(NamedTuple):
     daemon_id: int | None
     settings: config.Settings
     ready_fd: int | None
-
-
-class PidWatch:
-    """Watch a process of this host by its pidfd (pidfd_open(2)): an event, and no other process is taken for it.
-
-    One that cannot be watched, for want of descriptors or of rights, does not end as far as is known: -1.
-    """
-
-    def __init__(self, pidfd: int) -> None:
-        self._pidfd = pidfd
-
-    @classmethod
-    def open(cls, pid: int) -> "PidWatch | None":
-        """Begin to watch; None if there is no such process in this pid namespace."""
-        try:
-            return cls(os.pidfd_open(pid))
-        except OSError as error:
-            if error.errno in _NO_PROCESS:
-                return None
-            log.warning("cannot watch process %d: %s; if it dies, its lease tells", pid, error.strerror)
-            return cls(-1)
-
-    async def wait_gone(self) -> None:
-        """Wait until the process has ended."""
-        if self._pidfd < 0:
-            await trio.sleep_forever()
-        await trio.lowlevel.wait_readable(self._pidfd)
-
-    def close(self) -> None:
-        """Stop watching."""
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
 
 
 async def serve(

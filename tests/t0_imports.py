@@ -89,7 +89,10 @@ ROOMS = {
         packages=(),
     ),
     "adapters": Room(
-        modules=("rpc.ucx", "rpc.wire", "rpc.segments", "rpc.meeting", "rpc.addresses", "chunks.*", "kv.rocks"),
+        modules=(
+            *("rpc.ucx", "rpc.wire", "rpc.segments", "rpc.pidwatch", "rpc.meeting", "rpc.addresses"),
+            *("chunks.*", "kv.rocks"),
+        ),
         rooms=("pure", "instruments", "ports", "shared", "compiled", "same package"),
         packages=("trio", "msgspec", "ucxx", "liburing", "rocksdict"),
     ),

@@ -16,7 +16,7 @@ from hung import Hung
 
 from benchfs_fuse import daemon
 from benchfs_fuse.chunks.memory import MemoryChunkStore, MemoryInspector
-from benchfs_fuse.daemon import PidWatch, host_address, serve
+from benchfs_fuse.daemon import host_address, serve
 from benchfs_fuse.datadir import DataDir
 from benchfs_fuse.kv.memory import MemoryStore
 from benchfs_fuse.limits import BODY_MAX
@@ -42,6 +42,7 @@ from benchfs_fuse.rpc.messages import (
     decode,
     encode,
 )
+from benchfs_fuse.rpc.pidwatch import PidWatch
 from benchfs_fuse.services import jobs
 from benchfs_fuse.services.identity import open_store
 

@@ -296,6 +296,20 @@ async def test_setattr_changes_what_its_fields_say() -> None:
         assert (entry.st_atime_ns, entry.st_mtime_ns) == (8 * 10**9 + 1, 9)
 
 
+async def test_nothing_is_remembered_of_a_file_that_the_kernel_forgets_right_behind_its_close() -> None:
+    """It does: where the file was removed, the answer to the last close is what makes it forget the inode."""
+    async with mounted() as (ops, _, _):
+        info, entry = await ops.create(1, b"f", 0o600, os.O_RDWR, CTX)
+        await ops.unlink(1, b"f", CTX)
+        assert ops.release_soon(info.fh)
+        with pytest.raises(StopIteration):  # no task has had its turn between
+            ops.forget([(entry.st_ino, 1)]).send(None)
+        assert entry.st_ino not in ops._told
+        with pytest.raises(FUSEError) as raised:
+            await ops.release(info.fh)
+        assert raised.value.errno == errno.EIO
+
+
 async def test_somebody_in_a_removed_directory_sees_it_without_links() -> None:
     async with mounted() as (ops, _, _):
         ino = (await ops.mkdir(1, b"d", 0o755, CTX)).st_ino

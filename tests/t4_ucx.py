@@ -167,6 +167,20 @@ async def test_segment_that_a_killed_peer_has_just_made_is_removed() -> None:
         await all_removed([process.pid])
 
 
+async def test_nothing_is_removed_for_a_peer_that_may_be_elsewhere() -> None:
+    """Where the transports are set, nobody has compared hosts, and a pid may be another program's here."""
+    async with engine("sysv,tcp") as here, peer_process("sysv,tcp") as (process, address):
+        channel = await here.connect(address)
+        made = int((await channel.call(SEGMENT, b"")).body)
+        process.kill()
+        await process.wait()
+        await channel.wait_closed()
+        await channel.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        assert made in segments_of([process.pid])
+        await trio.run_process(["ipcrm", "--shmem-id", str(made)])
+
+
 async def test_only_what_the_dead_peer_made_is_removed() -> None:
     made = int(ctypes.CDLL(None).shmget(0, 4096, 0o660))
     dead = await trio.lowlevel.open_process(["true"])

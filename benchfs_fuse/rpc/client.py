@@ -204,7 +204,7 @@ class Link:
         carried a buffer, its connection is closed before the buffer is given back, so that nothing arrives in it late;
         and if it changes data, so that it does not do so after what is written later.
 
-        Unless it ``polls``, others go on meanwhile: for what nobody waits for.
+        Unless it ``polls``, others go on meanwhile, if it can be sent at once: for what nobody waits for.
 
         With ``late``, a recorded request is not given up: who is cancelled or meets the deadline leaves it behind, and
         ``late`` hears what became of it.

@@ -7,11 +7,10 @@ some megabytes until the node boots again, and nobody but its peers knows that i
 
 import ctypes
 import logging
-import os
 from collections.abc import Collection
 from pathlib import Path
 
-import trio
+from .pidwatch import PidWatch
 
 log = logging.getLogger(__name__)
 
@@ -40,16 +39,16 @@ def unmarked(pid: int, since_s: float) -> list[int]:
 
 
 async def remove_after(pid: int, shmids: Collection[int]) -> None:
-    """Wait for the end of a process, then mark what of its segments ``shmids`` it has not marked itself."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        pass
-    else:
+    """Wait for the end of a process, then mark what of its segments ``shmids`` it has not marked itself.
+
+    Where a process cannot be watched, they stay.
+    """
+    watch = PidWatch.open(pid)
+    if watch is not None:
         try:
-            await trio.lowlevel.wait_readable(descriptor)
+            await watch.wait_gone()
         finally:
-            os.close(descriptor)
+            watch.close()
     for shmid in set(shmids) & set(unmarked(pid, 0)):
         if _shmctl(shmid, _IPC_RMID, None) == 0:  # or another peer was quicker
             log.info("removed segment %d of shared memory, which process %d had left behind", shmid, pid)

@@ -105,7 +105,6 @@ SEGMENT_MAX = (1 << 16) - 1
 _SHIFTS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 #: Transport for peers that share memory with us, and for all others.
 SHARED_TLS = "sysv"
-SHARED = "shm"
 REMOTE_TLS = "^sysv,posix,cma,knem,xpmem"
 #: Transports that reach no other process by themselves: ``self``, and what only copies for the shared memory of others.
 _ALONE = {"self", "cma", "knem"}
@@ -300,7 +299,15 @@ class UcxChannel:
     """Be one end of a connection; see ports.Channel. Made by UcxEngine."""
 
     def __init__(
-        self, engine: "UcxEngine", peer: Peer, handler: Handler, transport: str, worker: Any, met_s: float
+        self,
+        engine: "UcxEngine",
+        peer: Peer,
+        handler: Handler,
+        transport: str,
+        worker: Any,
+        *,
+        shared: bool,
+        met_s: float,
     ) -> None:
         self._engine = engine
         self._ucx = engine.ucx
@@ -309,7 +316,8 @@ class UcxChannel:
         self._handler = handler
         self._handle_now = handle_now_of(handler)
         self._transport = transport
-        #: When the two ends met, in seconds of the epoch.
+        #: Whether both ends are known to share memory and pids, and when they met, in seconds of the epoch.
+        self._shared = shared
         self._met_s = met_s
         self._worker = worker
         self._endpoint: Any = None
@@ -422,8 +430,10 @@ class UcxChannel:
         call = self._start(op, body, payload, into, bulk)
         if not engine.waiting and not call.done:
             engine.waiting = 1
-            self._spin(call, call.want or (len(payload) if payload is not None else 0))
-            engine.waiting = 0
+            try:
+                self._spin(call, call.want or (len(payload) if payload is not None else 0))
+            finally:
+                engine.waiting = 0
         if call.done and call.reply is not None:
             if started_ns:
                 self._record(call, op, started_ns)
@@ -939,12 +949,12 @@ class UcxChannel:
         for _ in range(LAST_PROGRESS):
             self._worker.progress_once()
         self._ucx.destroy(self._worker, self._endpoint)
-        if self._transport == SHARED:
-            self._engine.remove_segments(self._peer.pid, self._met_s)
         for release in self._wire.release():
             release()
         for request_id, call in calls:
             self._finish(request_id, call)
+        if self._shared:
+            self._engine.remove_segments(self._peer.pid, self._met_s)
 
 
 class UcxEngine:
@@ -1124,7 +1134,8 @@ class UcxEngine:
         except (self.ucx.Error, UserError) as error:
             raise Disconnected(f"UCX: {error}") from error
         peer = Peer(ClientId(card.client_id), card.daemon_id, card.host, card.pid, card.boot_id)
-        return UcxChannel(self, peer, handler, _transport_of(context), worker, met_s), address
+        transport = _transport_of(context)
+        return UcxChannel(self, peer, handler, transport, worker, shared=shared, met_s=met_s), address
 
     def look_again(self) -> None:
         """Have UCX look anew at the network's devices for the next connection; for the classes of this module.
@@ -1174,7 +1185,13 @@ class UcxEngine:
 
     def remove_segments(self, pid: int, met_s: float) -> None:
         """See to what a peer leaves behind that dies; for the classes of this module. See rpc/segments."""
-        left = segments.unmarked(pid, met_s) if pid != os.getpid() else []
+        if pid == os.getpid():
+            return
+        try:
+            left = segments.unmarked(pid, met_s)
+        except (OSError, ValueError) as error:
+            log.info("not looked for shared memory that process %d left behind: %s", pid, error)
+            return
         if left and self._nursery is not None:
             self._nursery.start_soon(segments.remove_after, pid, left)
 
@@ -1231,6 +1248,6 @@ def _resources(context: Any) -> list[tuple[str, str]]:
 def _transport_of(context: Any) -> str:
     """Name what a context's connections go over."""
     found = {transport for transport, _ in _resources(context)}
-    if SHARED_TLS in found:
-        return SHARED
+    if "sysv" in found:
+        return "shm"
     return "rdma" if any(name.startswith(("rc", "dc", "ud")) for name in found) else "tcp"

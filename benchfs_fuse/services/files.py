@@ -474,6 +474,8 @@ class Files:
         """
         if handle.released or len(self._releasing) >= RELEASING_MAX or not self.is_flushed(handle):
             return False
+        handle.released = True
+        self._drop_handle(handle)  # in this step: the kernel may forget the inode before the task has its turn
         self._releasing[handle] = trio.Event()
         self._nursery.start_soon(self._release_soon, handle)
         return True
@@ -481,14 +483,14 @@ class Files:
     async def _release_soon(self, handle: Handle) -> None:
         try:
             with suppress(FsError):
-                await self.release(handle, polls=False)
+                await self._tell_released(handle, polls=False)
         finally:
             self._releasing.pop(handle).set()
 
-    async def release(self, handle: Handle, *, polls: bool = True) -> None:
+    async def release(self, handle: Handle) -> None:
         """Give a handle back, once. Whoever is cancelled, or meets an error, leaves it to go on by itself.
 
-        What cannot be flushed any more is dropped; nobody is there to be told. ``polls`` as for Link.call.
+        What cannot be flushed any more is dropped; nobody is there to be told.
         """
         if handle.released:
             return
@@ -503,10 +505,20 @@ class Files:
             handle.released = False
             self._links.start_soon(self._release_behind, handle)
             raise
+        self._drop_handle(handle)
+        await self._tell_released(handle)
+
+    def _drop_handle(self, handle: Handle) -> None:
+        """Count a handle as given back here; with the last one the file goes."""
+        node = handle.node
         node.handles.discard(handle)
         if not node.handles and self._nodes.get(node.ino) is node:
             del self._nodes[node.ino]
             self._dirty.pop(node, None)
+
+    async def _tell_released(self, handle: Handle, *, polls: bool = True) -> None:
+        """Have the daemon take a handle back; ``polls`` as for Link.call."""
+        node = handle.node
         ino, writer, doubtful = node.ino, handle.writes, node.doubtful and handle.writes
 
         def late(reply: Done | None) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import trio
 
-from ..errors import FsError
+from ..errors import FsError, StorageError
 from ..layout import ShardMap, extents
 from ..limits import IN_FLIGHT_MAX, MIB
 from ..model import ChunkId
@@ -295,9 +295,11 @@ class WriteBehind:
             else:
                 waits = True
                 self._nursery.start_soon(self._write_behind, run, answer)
-        except FsError as error:
+        except Exception as error:
             self.note(run.daemon_id, 0, reach=run.end)
-            self._on_failed(error)
+            self._on_failed(error if isinstance(error, FsError) else StorageError(f"a write failed: {error!r}"))
+            if not isinstance(error, FsError):
+                raise
         finally:
             if not waits:
                 self._end(run)
