@@ -1040,7 +1040,7 @@ class BenchfsOperations(pyfuse3.Operations):
         self._epoch(handle.ino)  # as of what was written through it
 
     def release_soon(self, fh: int) -> bool:
-        """Give a handle back behind the answer, if nothing is to be flushed or unlocked first; tell whether it is."""
+        """Give a handle back behind the answer, if it only reads and nothing is to be unlocked; tell whether it is."""
         handle = self._handles.get(fh)
         if handle is None or fh in self._owners or not self._files.release_soon(handle):
             return False

@@ -299,7 +299,11 @@ async def test_setattr_changes_what_its_fields_say() -> None:
 async def test_nothing_is_remembered_of_a_file_that_the_kernel_forgets_right_behind_its_close() -> None:
     """It does: where the file was removed, the answer to the last close is what makes it forget the inode."""
     async with mounted() as (ops, _, _):
-        info, entry = await ops.create(1, b"f", 0o600, os.O_RDWR, CTX)
+        made, entry = await ops.create(1, b"f", 0o600, os.O_RDWR, CTX)
+        await ops.flush(made.fh)
+        assert not ops.release_soon(made.fh), "it writes"
+        info = await ops.open(entry.st_ino, os.O_RDONLY, CTX)
+        await ops.release(made.fh)
         await ops.unlink(1, b"f", CTX)
         assert ops.release_soon(info.fh)
         with pytest.raises(StopIteration):  # no task has had its turn between

@@ -118,7 +118,7 @@ FALLOCATE_MODES = (
 )
 #: Larger allocations first ask all daemons for their space, lest one that cannot be had fills the disks in trying.
 ALLOCATE_UNSEEN_MAX = 1 << 30
-#: Handles that are given back at a time behind the answer; whoever closes more waits for his turn.
+#: Handles that are given back at a time behind the answer; further ones are given back before.
 RELEASING_MAX = 64
 #: Bytes of one copy_range: about a second, in which nobody else can write to the file through this mount.
 COPY_MAX = 1 << 30
@@ -468,11 +468,12 @@ class Files:
         handle.take_error()
 
     def release_soon(self, handle: Handle) -> bool:
-        """Give a handle back in a task of its own, unless it has anything to flush or there are many of these already.
+        """Give a handle that only reads back in a task of its own, unless there are many of these; tell whether it is.
 
-        Nobody waits for what a close leaves to be done. Tell whether it is seen to.
+        Nobody waits for what a close leaves to be done. Whoever has written goes on with the next file, at the same
+        daemon as likely as not, where this would be in his way.
         """
-        if handle.released or len(self._releasing) >= RELEASING_MAX or not self.is_flushed(handle):
+        if handle.writes or handle.released or len(self._releasing) >= RELEASING_MAX or not self.is_flushed(handle):
             return False
         handle.released = True
         self._drop_handle(handle)  # in this step: the kernel may forget the inode before the task has its turn
