@@ -473,7 +473,7 @@ class Files:
         Nobody waits for what a close leaves to be done. Whoever has written goes on with the next file, at the same
         daemon as likely as not, where this would be in his way.
         """
-        if handle.writes or handle.released or len(self._releasing) >= RELEASING_MAX or not self.is_flushed(handle):
+        if handle.writes or handle.released or len(self._releasing) >= RELEASING_MAX:
             return False
         handle.released = True
         self._drop_handle(handle)  # in this step: the kernel may forget the inode before the task has its turn
