@@ -29,7 +29,7 @@ class PidWatch:
         except OSError as error:
             if error.errno in _NO_PROCESS:
                 return None
-            log.warning("cannot watch process %d: %s; if it dies, its lease tells", pid, error.strerror)
+            log.warning("cannot watch process %d: %s; its end will not be heard of", pid, error.strerror)
             return cls(-1)
 
     async def wait_gone(self) -> None:
