@@ -278,13 +278,7 @@ class Channel(Protocol):
         ...
 
     def call_now(
-        self,
-        op: int,
-        body: bytes,
-        payload: Buffer | None = None,
-        into: memoryview | None = None,
-        *,
-        polls: bool = True,
+        self, op: int, body: bytes, payload: Buffer | None = None, into: memoryview | None = None, polls: bool = True
     ) -> Reply | Awaitable[Reply] | None:
         """Begin a call without waiting for anything: return the reply if it comes at once, or else what to await.
 

@@ -209,22 +209,29 @@ class Link:
         With ``late``, a recorded request is not given up: who is cancelled or meets the deadline leaves it behind, and
         ``late`` hears what became of it.
         """
-        begun = self._begin(request, payload, into, polls=polls)
-        if begun is not None and begun.reply is not None:
-            self._give_back(begun.turn)
-            return self._answer(begun.reply, reply_type)
-        return await self._go_on(request, reply_type, payload, into, begun, patient=patient, late=late)
+        answer = self.begin(request, reply_type, payload, into, patient=patient, polls=polls, late=late)
+        return await answer if isinstance(answer, Coroutine) else answer
 
-    def begin(self, request: Request, reply_type: type[R], payload: Buffer | None = None) -> R | Coroutine[Any, Any, R]:
+    def begin(
+        self,
+        request: Request,
+        reply_type: type[R],
+        payload: Buffer | None = None,
+        into: memoryview | None = None,
+        *,
+        patient: bool = False,
+        polls: bool = True,
+        late: Late[R] | None = None,
+    ) -> R | Coroutine[Any, Any, R]:
         """Begin what ``call`` does; return the answer, if it came while this polled for it, or what waits for it.
 
         That is to be awaited, by whichever task, in its next step. Raises as ``call`` does.
         """
-        begun = self._begin(request, payload, None)
+        begun = self._begin(request, payload, into, polls)
         if begun is not None and begun.reply is not None:
             self._give_back(begun.turn)
             return self._answer(begun.reply, reply_type)
-        return self._go_on(request, reply_type, payload, None, begun)
+        return self._go_on(request, reply_type, payload, into, begun, patient=patient, late=late)
 
     async def _go_on(
         self,
@@ -234,8 +241,8 @@ class Link:
         into: memoryview | None,
         begun: "_Begun | None",
         *,
-        patient: bool = False,
-        late: Late[R] | None = None,
+        patient: bool,
+        late: Late[R] | None,
     ) -> R:
         """Wait for the answer to a request that was sent, or for what it takes to send it."""
         timeout_s = float("inf") if patient else self._links.op_timeout_s
@@ -250,9 +257,7 @@ class Link:
             self._in_flight -= 1
         raise DaemonUnreachable(f"{self.name} did not answer {type(request).__name__} in {self._links.op_timeout_s} s")
 
-    def _begin(
-        self, request: Request, payload: Buffer | None, into: memoryview | None, *, polls: bool = True
-    ) -> "_Begun | None":
+    def _begin(self, request: Request, payload: Buffer | None, into: memoryview | None, polls: bool) -> "_Begun | None":
         """Send a request if nothing has to be waited for first: a place, those that were given up, a connection."""
         channel = self._channel
         unbounded = self._between_daemons and not isinstance(request, _MAY_WAIT)
@@ -262,7 +267,7 @@ class Link:
             self._places.acquire_nowait()
         turn, body = self._take_slot(request, unbounded=unbounded)
         try:
-            answer = channel.call_now(request.op, body, payload, into, polls=polls)
+            answer = channel.call_now(request.op, body, payload, into, polls)
         except BaseException:
             self._give_back(turn)
             raise

@@ -98,13 +98,7 @@ class MemoryChannel:
         return self._ending
 
     def call_now(
-        self,
-        op: int,
-        body: bytes,
-        payload: Buffer | None = None,
-        into: memoryview | None = None,
-        *,
-        polls: bool = True,
+        self, op: int, body: bytes, payload: Buffer | None = None, into: memoryview | None = None, polls: bool = True
     ) -> Reply | Awaitable[Reply] | None:
         """Begin a call without waiting for anything: every message takes its time here."""
         return None

@@ -396,13 +396,7 @@ class UcxChannel:
         return answer
 
     def call_now(
-        self,
-        op: int,
-        body: bytes,
-        payload: Buffer | None = None,
-        into: memoryview | None = None,
-        *,
-        polls: bool = True,
+        self, op: int, body: bytes, payload: Buffer | None = None, into: memoryview | None = None, polls: bool = True
     ) -> Reply | Awaitable[Reply] | None:
         """Begin a call without waiting for anything; see ports.Channel."""
         bulk = payload is not None and len(payload) > INLINE_MAX
